@@ -1,0 +1,29 @@
+"""Gradient clipping for PyTorch: by norm, by value, and inside backward.
+
+The functions take the arguments of their ``torch.nn.utils`` namesakes; changing the
+import is the whole migration. Importing this package patches nothing and starts no
+CUDA context.
+"""
+
+from gradclip_ext._version import __version__
+from gradclip_ext.clip import (
+    clamp_grad_,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
+from gradclip_ext.hooks import register_clamp_hook
+from gradclip_ext.patch import patch_torch, unpatch_torch
+
+__all__ = [
+    "__version__",
+    "clamp_grad_",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "patch_torch",
+    "register_clamp_hook",
+    "unpatch_torch",
+]

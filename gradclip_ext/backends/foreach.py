@@ -1,0 +1,280 @@
+"""The backend made of torch operations alone. It runs anywhere and is always there.
+
+Two strategies. On the CPU the host sees every value, so it cuts the list into pieces that
+suit the cache, repairs sums that left the range, and skips the write when nothing needs
+clipping. Everywhere else, and while torch.compile traces, nothing may depend on a value:
+the list goes to ``torch._foreach_*`` with float64 results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+from torch.utils._foreach_utils import _device_has_foreach_support
+
+# Elements of one row of a float32 reduction. torch adds a row in at least 16 running sums, so at
+# most 64 roundings follow one another and the relative error of a norm stays under
+# 64/2 * 2^-24 / 2 = 1e-6 for any input; rows are then added in float64.
+_ROW = 1024
+# Elements converted to another dtype at a time: 4 MiB of float32 stay in cache.
+_PIECE = 1 << 20
+# Elements reduced without a copy at a time, and such results kept before they are added up:
+# together they bound the scratch memory to 32 MiB.
+_SPAN = 1 << 24
+_FOLD = 128
+# Up to this many elements, joining a tensor to its neighbours costs less than a call of its own.
+_SMALL = 1 << 14
+# A mean |x|^p below these may have lost terms to underflow: what float32 drops of one square is
+# at most 2^-126 = 1.2e-38, a share of 1.2e-7 of such a mean. Likewise 2^-1022 for float64.
+_LEAST_MEAN_FLOAT32 = 1e-31
+_LEAST_MEAN_FLOAT64 = 1e-300
+
+
+def has_foreach_kernels(device_type: str) -> bool:
+    """Tell whether torch counts this device type among those of its foreach functions."""
+    return _device_has_foreach_support(torch.device(device_type))
+
+
+class ForeachBackend:
+    """torch operations on any device.
+
+    Args:
+        batched: False handles one tensor after the other, for callers who pass foreach=False.
+    """
+
+    name = "foreach"
+
+    def __init__(self, batched: bool = True) -> None:
+        self._batched = batched
+
+    def unusable(self, device_type: str) -> str | None:
+        return None
+
+    def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        filled = [t for t in tensors if t.numel() > 0]
+        if not filled:
+            return torch.zeros((), device=tensors[0].device)
+        if not _host_sees(filled[0]):
+            return _device_norm(filled, norm_type, self._batched)
+        return _host_norm(filled, norm_type, _SMALL if self._batched else 0)
+
+    def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
+        if _host_sees(clip_coef) and clip_coef.item() >= 1.0:
+            torch.autograd.graph.increment_version(grads)
+            return
+        # The coefficient stays a 0-d tensor: as a Python number it would be rounded to bfloat16
+        # along with the gradient and cost four times the host time.
+        for group in _batches(grads, self._batched):
+            if len(group) > 1:
+                torch._foreach_mul_(group, clip_coef)
+            else:
+                group[0].mul_(clip_coef)
+
+    def clamp_(self, grads: Sequence[Tensor], min: float, max: float) -> None:
+        # foreach has no clamp with two bounds: its two passes pay off where calls cost more than
+        # bytes, which on the CPU means small tensors.
+        most = _SMALL if _host_sees(grads[0]) else math.inf
+        for group in _batches(grads, self._batched):
+            small = [g for g in group if g.numel() <= most]
+            if len(small) > 1:
+                torch._foreach_clamp_min_(small, min)
+                torch._foreach_clamp_max_(small, max)
+                group = [g for g in group if g.numel() > most]
+            for grad in group:
+                grad.clamp_(min, max)
+
+
+def _host_sees(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+# ---------------------------------------------------------------- values the host can see
+
+
+def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
+    if math.isnan(p):
+        return torch.tensor(math.nan)
+    if p == 0.0:
+        return torch.tensor(float(sum(bool(t.any()) for t in tensors)))
+    if math.isinf(p):
+        return _extreme(tensors, p, small)
+    total = _sum_of_powers(tensors, p, small)
+    mean = total.item() / sum(t.numel() for t in tensors)
+    least = _LEAST_MEAN_FLOAT32 if p in (1.0, 2.0) else _LEAST_MEAN_FLOAT64
+    if not least <= mean < math.inf:
+        return _rescaled_norm(tensors, p, small)
+    return total.sqrt() if p == 2.0 else total.pow(1.0 / p)
+
+
+def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
+    """Return the norm of values whose powers leave the range, dividing by the dominant one first."""
+    pivot = _extreme(tensors, math.copysign(math.inf, p), small)
+    if pivot == 0.0 or not torch.isfinite(pivot):
+        return pivot
+    total = torch.zeros((), dtype=torch.float64)
+    for piece in _pieces(tensors, _PIECE, small):
+        total += piece.to(torch.float64, copy=True).abs_().div_(pivot).pow_(p).sum()
+    return pivot * total.pow(1.0 / p)
+
+
+def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
+    """Return the sum of |x|^p as float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    partials: list[Tensor] = []
+    for span in _pieces(tensors, _SPAN, small):
+        for piece in [span] if _reduces_in_place(span, p) else span.split(_PIECE):
+            partials += _partials(piece, p)
+        if len(partials) >= _FOLD:
+            total += _fold(partials, p)
+            partials = []
+    return total + _fold(partials, p) if partials else total
+
+
+def _reduces_in_place(piece: Tensor, p: float) -> bool:
+    return p == 2.0 and piece.dtype in (torch.float32, torch.float64)
+
+
+def _partials(piece: Tensor, p: float) -> list[Tensor]:
+    """Return 1-d tensors that _fold adds up: row norms for p = 2, row sums for p = 1, else one sum."""
+    if _reduces_in_place(piece, p):
+        return [torch.linalg.vector_norm(rows, dim=1) for rows in _rows(piece)]
+    if p == 2.0:
+        return _partials(piece.float(), p)
+    if p == 1.0:
+        magnitudes = piece.double() if piece.dtype == torch.float64 else piece.float()
+        return [rows.sum(dim=1) for rows in _rows(magnitudes.abs())]
+    # Powers in float64: torch's float32 power is slower, and 1/p magnifies its error for small p.
+    return [piece.to(torch.float64, copy=True).abs_().pow_(p).sum().reshape(1)]
+
+
+def _fold(partials: list[Tensor], p: float) -> Tensor:
+    values = torch.cat(partials).double()
+    return torch.dot(values, values) if p == 2.0 else values.sum()
+
+
+def _rows(flat: Tensor) -> Iterator[Tensor]:
+    body = flat.numel() // _ROW * _ROW
+    if body:
+        yield flat[:body].view(-1, _ROW)
+    if body < flat.numel():
+        yield flat[body:].view(1, -1)
+
+
+def _extreme(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
+    """Return max |x| for p = inf or min |x| for p = -inf as float64; NaN if there is one."""
+    found = []
+    for span in _pieces(tensors, _SPAN if p > 0 else _PIECE, small):
+        if p > 0:
+            low, high = torch.aminmax(span)
+            found.append(torch.maximum(low.neg(), high).double())
+        else:
+            found.append(span.abs().amin().double())
+    values = torch.stack(found)
+    return values.amax() if p > 0 else values.amin()
+
+
+def _pieces(tensors: Sequence[Tensor], most: int, small: int) -> Iterator[Tensor]:
+    """Yield every element once, as real flat tensors of at most ``most`` elements.
+
+    Dense tensors are yielded as views in memory order; tensors of up to ``small`` elements
+    are joined by copying; complex ones become magnitudes, those with gaps are copied.
+    """
+    joined: dict[torch.dtype, list[Tensor]] = {}
+    waiting: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        size, dtype = tensor.numel(), tensor.dtype
+        if size <= small and not dtype.is_complex:
+            if waiting.get(dtype, 0) + size > _PIECE:
+                yield _flatten_dense_tensors(joined.pop(dtype))
+                waiting[dtype] = 0
+            joined.setdefault(dtype, []).append(tensor)
+            waiting[dtype] = waiting.get(dtype, 0) + size
+            continue
+        flat = None if dtype.is_complex else _flat_view(tensor)
+        if flat is not None:
+            yield from flat.split(most)
+        else:
+            yield from _copied_pieces(tensor)
+    for group in joined.values():
+        yield _flatten_dense_tensors(group)
+
+
+def _copied_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor.numel() > _PIECE:
+        longest = max(range(tensor.dim()), key=tensor.size)
+        for half in tensor.tensor_split(2, dim=longest):
+            yield from _copied_pieces(half)
+    elif tensor.is_complex():
+        # complex128 first: |z| of a complex64 can exceed the largest float32.
+        yield tensor.to(torch.complex128).abs().reshape(-1)
+    else:
+        yield tensor.reshape(-1)
+
+
+def _flat_view(tensor: Tensor) -> Tensor | None:
+    """Return a 1-d view of a dense tensor in memory order, or None if it has gaps."""
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(_dims_by_stride(tensor))
+    return tensor.view(-1) if tensor.is_contiguous() else None
+
+
+def _dims_by_stride(tensor: Tensor) -> list[int]:
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
+# ---------------------------------------------------------------- values the host cannot see
+
+
+def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
+    # float64 results hold the square of any float32, so nothing overflows and no value decides
+    # what runs next. MPS has no float64.
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    norms: list[Tensor] = []
+    for group in _batches(tensors, batched):
+        if group[0].is_complex():
+            wide_complex = torch.complex64 if wide == torch.float32 else torch.complex128
+            norms += [torch.linalg.vector_norm(t, p, dtype=wide_complex) for t in group]
+        elif len(group) > 1:
+            norms += torch._foreach_norm(group, p, dtype=wide)
+        else:
+            norms.append(torch.linalg.vector_norm(group[0], p, dtype=wide))
+    return torch.linalg.vector_norm(torch.stack(norms), p)
+
+
+# ---------------------------------------------------------------- both
+
+
+def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
+    """Return the groups that one foreach call may take, so that no tensor demotes the others.
+
+    On the CPU and under torch.compile that is the whole list. An accelerator's fused kernels
+    want one dtype and no gaps, and their launches run over all tensors at once, so tensors
+    that share memory are handled one after the other.
+    """
+    if batched and (torch.compiler.is_compiling() or tensors[0].device.type == "cpu"):
+        return [list(tensors)]
+    if not batched or _share_memory(tensors):
+        return [[t] for t in tensors]
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    alone: list[list[Tensor]] = []
+    for tensor in tensors:
+        if tensor.is_complex() or _flat_view(tensor) is None:
+            alone.append([tensor])
+        else:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+    return [*groups.values(), *alone]
+
+
+def _share_memory(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether the address ranges of two tensors overlap."""
+    ranges = []
+    for t in tensors:
+        if t.numel() > 0 and t.data_ptr() != 0:
+            last = sum((size - 1) * step for size, step in zip(t.shape, t.stride()))
+            ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+    ranges.sort()
+    return any(start < end for (_, end), (start, _) in zip(ranges, ranges[1:]))

@@ -1,0 +1,268 @@
+"""What may be passed in: every exception about an argument or a gradient is raised here.
+
+All checks run before the first gradient is touched, so a call that raises has changed
+nothing. The passing path costs about half a microsecond per gradient; what to say about
+an offender is worked out only once there is one.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset(
+    (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    )
+)
+_COMPLEX = frozenset((torch.complex64, torch.complex128))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def as_float(name: str, value: Any) -> float:
+    """Return ``float(value)``; whatever float() refuses is named in the error."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{name} must be a number (int, float, numeric string or one-element tensor), "
+            f"got {_describe(value)}"
+        ) from error
+
+
+def as_threshold(name: str, value: Any) -> float:
+    """Return ``value`` as a float that is neither NaN nor negative; inf is allowed."""
+    number = as_float(name, value)
+    if not number >= 0.0:
+        raise ValueError(f"{name} must be 0 or more (inf allowed), got {number}")
+    return number
+
+
+def as_bounds(min: Any, max: Any) -> tuple[float, float]:
+    """Return ``(min, max)`` as floats, a bound that is None becoming -inf or inf."""
+    if min is None and max is None:
+        raise ValueError("min and max are both None, so nothing would be clamped: pass at least one")
+    low = -math.inf if min is None else as_float("min", min)
+    high = math.inf if max is None else as_float("max", max)
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"min and max must not be NaN, got min={low}, max={high}")
+    if low > high:
+        raise ValueError(f"min must not exceed max, got min={low}, max={high}")
+    return low, high
+
+
+def as_list(name: str, tensors: Any) -> list[Any]:
+    """Return the iterable (or single tensor) as a list; an empty generator warns, as torch does."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if isinstance(tensors, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a Tensor or an iterable of Tensors, got the module "
+            f"{type(tensors).__name__}: pass module.parameters()"
+        )
+    if isinstance(tensors, str) or not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}"
+        )
+    result = list(tensors)
+    if not result and isinstance(tensors, types.GeneratorType):
+        warnings.warn(
+            f"`{name}` is an empty generator, no gradient clipping will occur.",
+            # as_list, the public function, torch.no_grad's wrapper, the caller
+            stacklevel=4,
+        )
+    return result
+
+
+def total_norm(value: Any) -> Tensor:
+    """Return ``value`` if it can serve as a total norm: a real floating 0-d tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"total_norm must be a 0-d Tensor, as get_total_norm returns it, got {_describe(value)}: "
+            "wrap a number in torch.tensor(...)"
+        )
+    if value.dim() != 0:
+        raise ValueError(
+            f"total_norm must be a 0-d Tensor, got shape {tuple(value.shape)}: "
+            "take one element of it, or combine the norms first"
+        )
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"total_norm must have a floating dtype, got {value.dtype}")
+    return value
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(parameters: Sequence[Any]) -> list[Tensor]:
+    """Return the gradients that are there, in order."""
+    try:
+        return [p.grad for p in parameters if p.grad is not None]
+    except AttributeError:
+        _raise_not_a_tensor("parameters", parameters)
+        raise
+
+
+def all_tensors(name: str, tensors: Sequence[Any]) -> list[Tensor]:
+    """Return ``tensors`` if every element is a Tensor."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        _raise_not_a_tensor(name, tensors)
+    return list(tensors)
+
+
+def has_dispatch_subclass(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether a DTensor, FakeTensor or other ``__torch_dispatch__`` subclass is among them.
+
+    Such a tensor has no memory of its own to read (``DTensor.data_ptr()`` is 0), so the
+    list belongs to torch's own functions.
+    """
+    kinds = {type(t) for t in tensors} - _PLAIN_TYPES
+    return any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in kinds)
+
+
+def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors with ``__torch_function__`` subclasses replaced by plain views of them."""
+    return [t if type(t) in _PLAIN_TYPES else t.as_subclass(Tensor) for t in tensors]
+
+
+def readable(tensors: Sequence[Tensor]) -> None:
+    """Raise unless every tensor is strided, of a supported dtype and free of lazy bits."""
+    dtypes = {t.dtype for t in tensors}
+    if dtypes <= DTYPES and {t.layout for t in tensors} == {torch.strided}:
+        # Tracing resolves lazy bits by itself, and cannot trace the question.
+        if torch.compiler.is_compiling() or not any(
+            t.is_neg() or (t.is_complex() and t.is_conj()) for t in tensors
+        ):
+            return
+    for index, tensor in enumerate(tensors):
+        where = f"gradient {index} (shape {tuple(tensor.shape)})"
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{where} has layout {tensor.layout}; only strided (dense) gradients can be "
+                "clipped: call to_dense(), or build the embedding with sparse=False"
+            )
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in DTYPES))
+            raise TypeError(
+                f"{where} has dtype {tensor.dtype}; allowed are {names}: convert it first"
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            raise RuntimeError(
+                f"{where} is a lazy conjugate or negative view: call resolve_conj() or "
+                "resolve_neg() on it first"
+            )
+
+
+def writable(tensors: Sequence[Tensor]) -> None:
+    """Raise if an in-place write would hit one memory location more than once."""
+    for index, tensor in enumerate(tensors):
+        if tensor.is_contiguous():
+            continue
+        if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride())):
+            raise RuntimeError(
+                f"gradient {index} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) is "
+                "expanded: more than one element refers to a single memory location, so it "
+                "cannot be clipped in place. clone() it first"
+            )
+
+
+def representable(tensors: Sequence[Tensor], *bounds: float) -> None:
+    """Raise if a finite bound does not fit a gradient's dtype, or a gradient is complex."""
+    for dtype in {t.dtype for t in tensors}:
+        if dtype in _COMPLEX:
+            raise RuntimeError(f"clamping is not defined for complex gradients, got {dtype}")
+        limit = torch.finfo(dtype).max
+        for bound in bounds:
+            if math.isfinite(bound) and abs(bound) > limit:
+                raise RuntimeError(
+                    f"the bound {bound} cannot be represented in {dtype} without overflow "
+                    f"(largest value {limit}): use a smaller bound, or inf for none"
+                )
+
+
+def unique(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the list with each gradient once, by memory, shape, strides and dtype.
+
+    A tied weight listed twice is one parameter. Zero-size tensors and tensors without
+    memory of their own (data_ptr 0) are never duplicates.
+    """
+    if torch.compiler.is_compiling():  # no pointers while tracing: one object is one gradient
+        return list(dict.fromkeys(tensors))
+    pointers = [t.data_ptr() for t in tensors]
+    if len(set(pointers)) == len(pointers):
+        return tensors
+    seen: set[Any] = set()
+    result = []
+    for tensor, pointer in zip(tensors, pointers):
+        key = (pointer, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if pointer == 0 or tensor.numel() == 0 or key not in seen:
+            seen.add(key)
+            result.append(tensor)
+    return result
+
+
+# ---------------------------------------------------------------- messages
+
+
+def nonfinite_message(norm_type: float, parameters: Sequence[Any], grads: Sequence[Tensor]) -> str:
+    """Return torch's sentence about a non-finite norm plus where the first bad value is."""
+    first = next((g for g in grads if not _all_finite(g)), None)
+    if first is None:
+        culprit = "Every gradient is finite: the norm itself is beyond the largest float."
+    else:
+        index = next(i for i, p in enumerate(parameters) if p is first or p.grad is first)
+        culprit = (
+            f"The first non-finite value is in tensor {index} of the list, "
+            f"shape {tuple(first.shape)}."
+        )
+    return (
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+        "so it cannot be clipped. To disable this error and scale the gradients by the "
+        f"non-finite norm anyway, set `error_if_nonfinite=False`. {culprit}"
+    )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # The inf-norm is finite exactly when every element is, and needs no mask as large as the tensor.
+    return tensor.numel() == 0 or bool(
+        torch.isfinite(torch.linalg.vector_norm(tensor, math.inf))
+    )
+
+
+def _raise_not_a_tensor(name: str, elements: Sequence[Any]) -> None:
+    for index, element in enumerate(elements):
+        if isinstance(element, Tensor):
+            continue
+        hint = ""
+        if isinstance(element, tuple):
+            hint = ": pass module.parameters(), not named_parameters()"
+        elif isinstance(element, torch.nn.Module):
+            hint = ": pass module.parameters()"
+        elif isinstance(element, (list, set, dict)):
+            hint = ": flatten nested lists first"
+        raise TypeError(
+            f"every element of {name} must be a Tensor, got {_describe(element)} "
+            f"at position {index}{hint}"
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

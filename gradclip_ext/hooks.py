@@ -1,0 +1,96 @@
+"""Clamping from inside backward, before the gradient is accumulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradclip_ext import checks
+
+
+class ClampHandle:
+    """The hooks of one :func:`register_clamp_hook` call; also a context manager that removes them."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def __len__(self) -> int:
+        """Return how many tensors are being clamped."""
+        return len(self._handles)
+
+    def remove(self) -> None:
+        """Remove every hook; calling it again does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> ClampHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def register_clamp_hook(
+    parameters_or_module: Tensor | Iterable[Tensor] | torch.nn.Module,
+    min: float | None = None,
+    max: float | None = None,
+) -> ClampHandle:
+    """Clamp gradients to ``[min, max]`` during backward, as they reach each parameter.
+
+    Equivalent to ``p.register_hook(lambda g: torch.clamp(g, min, max))`` for every parameter
+    ``p``, with three additions: the bounds are checked once, here, instead of failing in the
+    middle of backward; frozen parameters are skipped where ``register_hook`` raises; and one
+    handle removes all hooks.
+
+    Each backward pass is clamped before it is added to ``.grad``: under gradient
+    accumulation the parts are clamped, not their sum (:func:`clamp_grad_` clamps the sum).
+    A tied weight sees one call per backward, with the sum over its uses. The incoming
+    gradient is never written to, because autograd may have handed the same buffer to
+    another input.
+
+    Args:
+        parameters_or_module: tensors to clamp, or a module for all of its parameters. Any
+            tensor that requires grad will do, activations included; others are skipped.
+            One listed twice gets one hook.
+        min: lower bound, or None for none.
+        max: upper bound, or None for none.
+
+    Returns:
+        A handle: ``remove()`` takes every hook off again, ``len()`` counts them, and it
+        works in a ``with`` statement.
+
+    Raises:
+        TypeError: an element is not a tensor.
+        ValueError: both bounds are None, one is NaN, or min exceeds max.
+        RuntimeError: a finite bound is beyond the range of a parameter's dtype, or a
+            parameter is complex.
+
+    Note:
+        Never synchronises; one read and one write of each gradient on the stream of its
+        backward. Differentiable, so it also works with ``create_graph=True``. NaN stays NaN.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> handle = register_clamp_hook([weight], min=-0.5, max=2.0)
+        >>> (weight * torch.tensor([-3.0, 1.0, 5.0])).sum().backward()
+        >>> weight.grad
+        tensor([-0.5000,  1.0000,  2.0000])
+        >>> handle.remove()
+    """
+    low, high = checks.as_bounds(min, max)
+    if isinstance(parameters_or_module, torch.nn.Module):
+        parameters_or_module = parameters_or_module.parameters()
+    name = "parameters_or_module"
+    listed: list[Any] = checks.as_list(name, parameters_or_module)
+    tensors = [t for t in checks.all_tensors(name, listed) if t.requires_grad]
+    checks.representable(tensors, low, high)
+
+    def clamp(grad: Tensor) -> Tensor:
+        return torch.clamp(grad, low, high)
+
+    once = {id(t): t for t in tensors}
+    return ClampHandle([t.register_hook(clamp) for t in once.values()])

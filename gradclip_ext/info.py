@@ -1,0 +1,37 @@
+"""``python -m gradclip_ext.info``: what was installed, which backend serves which device, and why not."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from gradclip_ext import __version__, backends
+
+
+def report() -> str:
+    """Return the text that ``python -m gradclip_ext.info`` prints; the form to paste into an issue."""
+    lines = [
+        f"gradclip_ext {__version__}",
+        f"python       {platform.python_version()} on {platform.platform()}",
+        f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'}), "
+        f"{torch.get_num_threads()} CPU threads",
+    ]
+    device_types = ["cpu"]
+    if torch.cuda.is_available():
+        device_types.append("cuda")
+        lines += [
+            f"gpu          {index}: {torch.cuda.get_device_name(index)}, compute capability "
+            + ".".join(map(str, torch.cuda.get_device_capability(index)))
+            for index in range(torch.cuda.device_count())
+        ]
+    lines.append("backends")
+    for name, backend in backends.ALL.items():
+        for device_type in device_types:
+            reason = backend.unusable(device_type)
+            lines.append(f"  {name:<9} {device_type:<5} {'usable' if reason is None else 'no: ' + reason}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

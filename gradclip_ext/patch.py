@@ -1,0 +1,82 @@
+"""Swapping torch.nn.utils' clipping functions for these, for code one cannot edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.utils.clip_grad
+
+from gradclip_ext import clip
+
+_Place = tuple[ModuleType, str]
+
+_REPLACEMENTS: dict[_Place, Callable[..., Any]] = {
+    (torch.nn.utils, "clip_grad_norm_"): clip.clip_grad_norm_,
+    (torch.nn.utils, "clip_grad_value_"): clip.clip_grad_value_,
+    (torch.nn.utils, "clip_grads_with_norm_"): clip.clip_grads_with_norm_,
+    (torch.nn.utils, "get_total_norm"): clip.get_total_norm,
+    (torch.nn.utils.clip_grad, "clip_grad_norm_"): clip.clip_grad_norm_,
+    (torch.nn.utils.clip_grad, "clip_grad_value_"): clip.clip_grad_value_,
+}
+
+
+def _current() -> dict[_Place, Callable[..., Any]]:
+    return {(module, name): getattr(module, name) for module, name in _REPLACEMENTS}
+
+
+def _install(functions: dict[_Place, Callable[..., Any]]) -> None:
+    for (module, name), function in functions.items():
+        setattr(module, name, function)
+
+
+_ORIGINALS = _current()
+
+
+class _Patch:
+    """What patch_torch returns: leaving its ``with`` block restores what was there before it."""
+
+    def __init__(self) -> None:
+        self._before = [_current()]
+        self._entered = False
+        _install(_REPLACEMENTS)
+
+    def __enter__(self) -> _Patch:
+        if self._entered:  # a second `with` on one object has a "before" of its own
+            self._before.append(_current())
+        self._entered = True
+        _install(_REPLACEMENTS)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _install(self._before.pop())
+
+
+def patch_torch() -> _Patch:
+    """Replace torch.nn.utils' clipping functions by those of this package.
+
+    Reaches code that looks the functions up in ``torch.nn.utils`` or
+    ``torch.nn.utils.clip_grad`` when it calls them (frameworks mostly do); a name imported
+    earlier with ``from torch.nn.utils import ...`` keeps pointing at torch's function.
+    Idempotent and not counted: however often it was called, one :func:`unpatch_torch`
+    restores torch.
+
+    Returns:
+        A context manager; leaving its ``with`` block restores what was there when it was
+        entered. Without ``with`` the patch simply stays.
+
+    Example:
+        >>> with patch_torch():
+        ...     torch.nn.utils.clip_grad_norm_ is clip_grad_norm_
+        True
+        >>> torch.nn.utils.clip_grad_norm_ is clip_grad_norm_
+        False
+    """
+    return _Patch()
+
+
+def unpatch_torch() -> None:
+    """Put torch.nn.utils' own clipping functions back, however often they were replaced."""
+    _install(_ORIGINALS)
