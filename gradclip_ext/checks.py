@@ -27,7 +27,7 @@ DTYPES = frozenset(
     )
 )
 _COMPLEX = frozenset((torch.complex64, torch.complex128))
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 # ---------------------------------------------------------------- arguments
@@ -76,9 +76,7 @@ def as_list(name: str, tensors: Any) -> list[Any]:
             f"{type(tensors).__name__}: pass module.parameters()"
         )
     if isinstance(tensors, str) or not isinstance(tensors, Iterable):
-        raise TypeError(
-            f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}"
-        )
+        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}")
     result = list(tensors)
     if not result and isinstance(tensors, types.GeneratorType):
         warnings.warn(
@@ -131,8 +129,10 @@ def has_dispatch_subclass(tensors: Sequence[Tensor]) -> bool:
     Such a tensor has no memory of its own to read (``DTensor.data_ptr()`` is 0), so the
     list belongs to torch's own functions.
     """
-    kinds = {type(t) for t in tensors} - _PLAIN_TYPES
-    return any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in kinds)
+    return any(
+        type(t) not in _PLAIN_TYPES and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        for t in tensors
+    )
 
 
 def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -142,13 +142,13 @@ def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def readable(tensors: Sequence[Tensor]) -> None:
     """Raise unless every tensor is strided, of a supported dtype and free of lazy bits."""
-    dtypes = {t.dtype for t in tensors}
-    if dtypes <= DTYPES and {t.layout for t in tensors} == {torch.strided}:
-        # Tracing resolves lazy bits by itself, and cannot trace the question.
-        if torch.compiler.is_compiling() or not any(
-            t.is_neg() or (t.is_complex() and t.is_conj()) for t in tensors
-        ):
-            return
+    supported = {t.dtype for t in tensors} <= DTYPES and {t.layout for t in tensors} == {torch.strided}
+    # Tracing resolves lazy bits by itself, and cannot trace the question.
+    if supported and (
+        torch.compiler.is_compiling()
+        or not any(t.is_neg() or (t.is_complex() and t.is_conj()) for t in tensors)
+    ):
+        return
     for index, tensor in enumerate(tensors):
         where = f"gradient {index} (shape {tuple(tensor.shape)})"
         if tensor.layout is not torch.strided:
@@ -158,9 +158,7 @@ def readable(tensors: Sequence[Tensor]) -> None:
             )
         if tensor.dtype not in DTYPES:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in DTYPES))
-            raise TypeError(
-                f"{where} has dtype {tensor.dtype}; allowed are {names}: convert it first"
-            )
+            raise TypeError(f"{where} has dtype {tensor.dtype}; allowed are {names}: convert it first")
         if tensor.is_conj() or tensor.is_neg():
             raise RuntimeError(
                 f"{where} is a lazy conjugate or negative view: call resolve_conj() or "
@@ -226,10 +224,7 @@ def nonfinite_message(norm_type: float, parameters: Sequence[Any], grads: Sequen
         culprit = "Every gradient is finite: the norm itself is beyond the largest float."
     else:
         index = next(i for i, p in enumerate(parameters) if p is first or p.grad is first)
-        culprit = (
-            f"The first non-finite value is in tensor {index} of the list, "
-            f"shape {tuple(first.shape)}."
-        )
+        culprit = f"The first non-finite value is in tensor {index} of the list, shape {tuple(first.shape)}."
     return (
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
         "so it cannot be clipped. To disable this error and scale the gradients by the "
@@ -239,9 +234,7 @@ def nonfinite_message(norm_type: float, parameters: Sequence[Any], grads: Sequen
 
 def _all_finite(tensor: Tensor) -> bool:
     # The inf-norm is finite exactly when every element is, and needs no mask as large as the tensor.
-    return tensor.numel() == 0 or bool(
-        torch.isfinite(torch.linalg.vector_norm(tensor, math.inf))
-    )
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)))
 
 
 def _raise_not_a_tensor(name: str, elements: Sequence[Any]) -> None:
@@ -256,8 +249,7 @@ def _raise_not_a_tensor(name: str, elements: Sequence[Any]) -> None:
         elif isinstance(element, (list, set, dict)):
             hint = ": flatten nested lists first"
         raise TypeError(
-            f"every element of {name} must be a Tensor, got {_describe(element)} "
-            f"at position {index}{hint}"
+            f"every element of {name} must be a Tensor, got {_describe(element)} at position {index}{hint}"
         )
 
 

@@ -89,7 +89,7 @@ def clip_grad_norm_(
     max_norm = checks.as_threshold("max_norm", max_norm)
     norm_type = checks.as_float("norm_type", norm_type)
     grads = checks.gradients(listed)
-    impl = backends.choose(backend, foreach, grads)
+    serving = backends.choose(backend, foreach, grads)
     if not grads:
         return torch.tensor(0.0)
     if checks.has_dispatch_subclass(grads):
@@ -97,10 +97,10 @@ def clip_grad_norm_(
     checks.readable(grads)
     checks.writable(grads)
     plain = checks.unique(checks.as_plain(grads))
-    norm = _total_norm(impl, plain, norm_type)
+    norm = _total_norm(serving, plain, norm_type)
     if error_if_nonfinite:
         _raise_if_nonfinite(norm, norm_type, listed, grads)
-    _scale_(impl, plain, max_norm, norm)
+    _scale_(serving, plain, max_norm, norm)
     return norm
 
 
@@ -126,13 +126,13 @@ def get_total_norm(
     listed = checks.as_list("tensors", tensors)
     norm_type = checks.as_float("norm_type", norm_type)
     given = checks.all_tensors("tensors", listed)
-    impl = backends.choose(backend, foreach, given)
+    serving = backends.choose(backend, foreach, given)
     if not given:
         return torch.tensor(0.0)
     if checks.has_dispatch_subclass(given):
         return _torch_get_total_norm(given, norm_type, error_if_nonfinite, foreach)
     checks.readable(given)
-    norm = _total_norm(impl, checks.unique(checks.as_plain(given)), norm_type)
+    norm = _total_norm(serving, checks.unique(checks.as_plain(given)), norm_type)
     if error_if_nonfinite:
         _raise_if_nonfinite(norm, norm_type, listed, given)
     return norm
@@ -178,7 +178,7 @@ def clip_grads_with_norm_(
     max_norm = checks.as_threshold("max_norm", max_norm)
     checks.total_norm(total_norm)
     grads = checks.gradients(listed)
-    impl = backends.choose(backend, foreach, grads)
+    serving = backends.choose(backend, foreach, grads)
     if not grads:
         return
     if checks.has_dispatch_subclass([*grads, total_norm]):
@@ -189,7 +189,7 @@ def clip_grads_with_norm_(
     (norm,) = checks.as_plain([total_norm])
     if norm.dtype.itemsize < 4:
         norm = norm.float()
-    _scale_(impl, checks.unique(checks.as_plain(grads)), max_norm, norm)
+    _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
 
 
 @torch.no_grad()
@@ -230,11 +230,11 @@ def clip_grad_value_(
     listed = checks.as_list("parameters", parameters)
     clip_value = checks.as_threshold("clip_value", clip_value)
     grads = checks.gradients(listed)
-    impl = backends.choose(backend, foreach, grads)
+    serving = backends.choose(backend, foreach, grads)
     if checks.has_dispatch_subclass(grads):
         _torch_clip_grad_value_(listed, clip_value, foreach)
         return
-    _clamp_(impl, grads, -clip_value, clip_value)
+    _clamp_(serving, grads, -clip_value, clip_value)
 
 
 @torch.no_grad()
@@ -274,18 +274,18 @@ def clamp_grad_(
     listed = checks.as_list("parameters", parameters)
     low, high = checks.as_bounds(min, max)
     grads = checks.gradients(listed)
-    impl = backends.choose(backend, None, grads)
+    serving = backends.choose(backend, None, grads)
     if checks.has_dispatch_subclass(grads):
         for grad in grads:
             grad.clamp_(min, max)
         return
-    _clamp_(impl, grads, low, high)
+    _clamp_(serving, grads, low, high)
 
 
-def _total_norm(impl: Backend, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+def _total_norm(serving: dict[str, Backend], tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """Combine one norm per device; only those 0-d tensors travel between devices."""
     home = tensors[0].device
-    norms = [impl.norm(group, norm_type) for group in _by_device(tensors).values()]
+    norms = [serving[device.type].norm(group, norm_type) for device, group in _by_device(tensors).items()]
     norm = norms[0]
     if len(norms) > 1:
         stacked = torch.stack([n.to(device=home, dtype=norms[0].dtype) for n in norms])
@@ -294,7 +294,7 @@ def _total_norm(impl: Backend, tensors: Sequence[Tensor], norm_type: float) -> T
     return norm.to(torch.float64 if wide else torch.float32)
 
 
-def _scale_(impl: Backend, grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
+def _scale_(serving: dict[str, Backend], grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
     if math.isinf(max_norm):  # only report: even a NaN norm must not turn into a NaN coefficient
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(grads)
@@ -302,17 +302,17 @@ def _scale_(impl: Backend, grads: Sequence[Tensor], max_norm: float, norm: Tenso
     # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
     clip_coef = torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
     for device, group in _by_device(grads).items():
-        impl.scale_(group, clip_coef.to(device))
+        serving[device.type].scale_(group, clip_coef.to(device))
 
 
-def _clamp_(impl: Backend, grads: list[Tensor], low: float, high: float) -> None:
+def _clamp_(serving: dict[str, Backend], grads: list[Tensor], low: float, high: float) -> None:
     if not grads:
         return
     checks.readable(grads)
     checks.writable(grads)
     checks.representable(grads, low, high)
-    for group in _by_device(checks.unique(checks.as_plain(grads))).values():
-        impl.clamp_(group, low, high)
+    for device, group in _by_device(checks.unique(checks.as_plain(grads))).items():
+        serving[device.type].clamp_(group, low, high)
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:

@@ -7,15 +7,12 @@ other backend has to do.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from gradclip_ext.backends import foreach as _foreach
-
-ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
+from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 
 
 class Backend(Protocol):
@@ -38,34 +35,52 @@ class Backend(Protocol):
         """Clamp to [min, max]; NaN stays NaN."""
 
 
-ALL: dict[str, Backend] = {"foreach": _foreach.ForeachBackend()}
-_LOOP = _foreach.ForeachBackend(batched=False)
+# In order of preference: without a name, a device is served by the first one that is usable for it.
+ALL: dict[str, Backend] = {"foreach": ForeachBackend()}
+_LOOP = ForeachBackend(batched=False)
+
+ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
 
 
-def choose(name: str | None, foreach: bool | None, tensors: Sequence[Tensor]) -> Backend:
-    """Return the backend for these tensors, or raise with the reason why the named one cannot serve.
+def choose(name: str | None, foreach: bool | None, tensors: Iterable[Tensor]) -> dict[str, Backend]:
+    """Return which backend serves each device type among these tensors.
 
     Args:
-        name: the ``backend=`` argument. None defers to the environment variable
-            GRADCLIP_EXT_BACKEND, and that to the first usable backend.
-        foreach: the ``foreach=`` argument; False means one tensor at a time, which only
-            the foreach backend does.
+        name: the ``backend=`` argument; None defers to GRADCLIP_EXT_BACKEND in the
+            environment, and that, unset, to the order of preference.
+        foreach: the ``foreach=`` argument. False means one tensor at a time, which only the
+            foreach backend does, so it overrules the environment.
         tensors: the tensors to be served.
+
+    Raises:
+        ValueError: there is no backend of that name, or it has no loop for foreach=False.
+        RuntimeError: the named backend cannot serve a device, with the reason; foreach=True
+            on a device without foreach support.
     """
-    if name is not None and name not in ALL:
-        raise ValueError(f"backend={name!r} does not exist; there are: {', '.join(ALL)}")
-    devices = {t.device.type for t in tensors}
+    asked, source = name, "backend"
+    if name is None:
+        asked, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if asked is not None and asked not in ALL:
+        raise ValueError(f"{source}={asked!r} does not exist; there are: {', '.join(ALL)}")
+    if foreach is False and name not in (None, "foreach"):
+        raise ValueError(
+            f"foreach=False asks for a loop over the tensors, which backend={name!r} does not have: "
+            "drop one of the two arguments"
+        )
+    device_types = {t.device.type for t in tensors}
     if foreach is False:
-        if name not in (None, "foreach"):
-            raise ValueError(
-                f"foreach=False asks for a loop over the tensors, which backend={name!r} does not "
-                "have: drop one of the two arguments"
+        return dict.fromkeys(device_types, _LOOP)
+    serving = {}
+    for device_type in device_types:
+        if foreach and not has_foreach_kernels(device_type):
+            raise RuntimeError(
+                f"foreach=True was passed, but can't use the foreach API on {device_type} tensors"
             )
-        return _LOOP
-    if foreach:
-        for device_type in devices:
-            if not _foreach.has_foreach_kernels(device_type):
-                raise RuntimeError(
-                    f"foreach=True was passed, but can't use the foreach API on {device_type} tensors"
-                )
-    return ALL["foreach"]
+        if asked is None:
+            serving[device_type] = next(b for b in ALL.values() if b.unusable(device_type) is None)
+            continue
+        serving[device_type] = ALL[asked]
+        reason = ALL[asked].unusable(device_type)
+        if reason is not None:
+            raise RuntimeError(f"{source}={asked!r} cannot serve {device_type} tensors: {reason}")
+    return serving

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,12 +80,11 @@ class ForeachBackend:
         # bytes, which on the CPU means small tensors.
         most = _SMALL if _host_sees(grads[0]) else math.inf
         for group in _batches(grads, self._batched):
-            small = [g for g in group if g.numel() <= most]
-            if len(small) > 1:
-                torch._foreach_clamp_min_(small, min)
-                torch._foreach_clamp_max_(small, max)
-                group = [g for g in group if g.numel() > most]
-            for grad in group:
+            together = [g for g in group if g.numel() <= most] if len(group) > 1 else []
+            if together:
+                torch._foreach_clamp_min_(together, min)
+                torch._foreach_clamp_max_(together, max)
+            for grad in group if not together else [g for g in group if g.numel() > most]:
                 grad.clamp_(min, max)
 
 
@@ -242,7 +242,8 @@ def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
             norms += torch._foreach_norm(group, p, dtype=wide)
         else:
             norms.append(torch.linalg.vector_norm(group[0], p, dtype=wide))
-    return torch.linalg.vector_norm(torch.stack(norms), p)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), p)
+    return total
 
 
 # ---------------------------------------------------------------- both
@@ -277,4 +278,4 @@ def _share_memory(tensors: Sequence[Tensor]) -> bool:
             last = sum((size - 1) * step for size, step in zip(t.shape, t.stride()))
             ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
     ranges.sort()
-    return any(start < end for (_, end), (start, _) in zip(ranges, ranges[1:]))
+    return any(start < end for (_, end), (start, _) in pairwise(ranges))

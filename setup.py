@@ -1,0 +1,109 @@
+"""Chooses the extension to build: its sources, flags and CUDA toolkit. Metadata is in pyproject.toml.
+
+GRADCLIP_EXT_BUILD=auto|cuda|cpu|none (default auto): auto builds what torch, the compiler and
+the toolkit allow and says what it left out; a choice that cannot be built is an error.
+CUDA sources depend on a toolkit being installed, never on a GPU being visible.
+TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+MODES = ("auto", "cuda", "cpu", "none")
+
+
+def find_toolkit():
+    """Return the CUDA toolkit's folder, or None. An nvcc on PATH may be a wrapper far away from it."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    candidates += ["/usr/local/cuda", "/opt/cuda"]
+    for folder in map(Path, filter(None, candidates)):
+        if (folder / "include" / "cuda_runtime.h").is_file() and (folder / "bin" / "nvcc").is_file():
+            return folder
+    return None
+
+
+def find_compiler():
+    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
+
+
+def obstacles():
+    """Return {mode: what is missing for it}, an empty string where nothing is."""
+    try:
+        import torch
+    except ImportError:
+        missing = "torch is not installed in the build environment (pip install --no-build-isolation .)"
+        return {"cpu": missing, "cuda": missing}
+    cpu = ""
+    if not sys.platform.startswith("linux"):
+        cpu = f"the compiled core is built on Linux only, this is {sys.platform}"
+    elif find_compiler() is None:
+        cpu = "no C++ compiler was found (looked for $CXX, c++ and g++)"
+    cuda = cpu
+    if not cuda and torch.version.cuda is None:
+        cuda = f"torch {torch.__version__} is built without CUDA"
+    if not cuda and find_toolkit() is None:
+        cuda = "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME"
+    if not cuda and not any(ROOT.glob("csrc/cuda/*.cu")):
+        cuda = "this release has no CUDA sources"
+    return {"cpu": cpu, "cuda": cuda}
+
+
+def choose_mode():
+    """Return "cuda", "cpu" or "none", or exit with what the asked-for mode lacks."""
+    asked = os.environ.get("GRADCLIP_EXT_BUILD", "auto")
+    if asked not in MODES:
+        sys.exit(f"GRADCLIP_EXT_BUILD={asked!r} is not one of {', '.join(MODES)}")
+    if asked == "none":
+        return "none"
+    missing = obstacles()
+    if asked != "auto":
+        if missing[asked]:
+            sys.exit(f"GRADCLIP_EXT_BUILD={asked} cannot be built: {missing[asked]}")
+        return asked
+    for mode in ("cuda", "cpu"):
+        if not missing[mode]:
+            return mode
+        print(f"gradclip_ext: building without {mode}: {missing[mode]}", file=sys.stderr)
+    return "none"
+
+
+def extension(mode):
+    """Return setup()'s arguments for the extension module of this mode."""
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    if mode == "none" or not sources:
+        return {}
+    if mode == "cuda":  # set before the import: torch settles on a toolkit when it is loaded
+        os.environ["CUDA_HOME"] = str(find_toolkit())
+        sources += ROOT.glob("csrc/cuda/*.cu")
+    import torch
+    from torch.utils import cpp_extension
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def run(self):
+            """Build, then record beside the binary what it fits: checked before it is imported."""
+            super().run()
+            folder = Path(self.get_ext_fullpath("gradclip_ext._C")).parent
+            cuda = torch.version.cuda if mode == "cuda" else None
+            (folder / "_build_info.py").write_text(f"TORCH = {torch.__version__!r}\nCUDA = {cuda!r}\n")
+
+    make = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
+    flags = {"cxx": ["-O3", "-std=c++17", "-fopenmp"], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}
+    module = make(
+        name="gradclip_ext._C",
+        sources=sorted(str(path.relative_to(ROOT)) for path in sources),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("GRADCLIP_EXT_WITH_CUDA", None)] if mode == "cuda" else [],
+        extra_compile_args=flags if mode == "cuda" else flags["cxx"],
+        extra_link_args=["-fopenmp"],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**extension(choose_mode()))
