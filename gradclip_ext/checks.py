@@ -142,12 +142,8 @@ def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def readable(tensors: Sequence[Tensor]) -> None:
     """Raise unless every tensor is strided, of a supported dtype and free of lazy bits."""
-    supported = {t.dtype for t in tensors} <= DTYPES and {t.layout for t in tensors} == {torch.strided}
-    # Tracing resolves lazy bits by itself, and cannot trace the question.
-    if supported and (
-        torch.compiler.is_compiling()
-        or not any(t.is_neg() or (t.is_complex() and t.is_conj()) for t in tensors)
-    ):
+    dtypes = {t.dtype for t in tensors}
+    if dtypes <= DTYPES and {t.layout for t in tensors} == {torch.strided} and not _any_lazy(tensors, dtypes):
         return
     for index, tensor in enumerate(tensors):
         where = f"gradient {index} (shape {tuple(tensor.shape)})"
@@ -164,6 +160,14 @@ def readable(tensors: Sequence[Tensor]) -> None:
                 f"{where} is a lazy conjugate or negative view: call resolve_conj() or "
                 "resolve_neg() on it first"
             )
+
+
+def _any_lazy(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> bool:
+    if torch.compiler.is_compiling():  # tracing resolves lazy bits by itself, and cannot ask for them
+        return False
+    if any(t.is_neg() for t in tensors):
+        return True
+    return not dtypes.isdisjoint(_COMPLEX) and any(t.is_conj() for t in tensors)
 
 
 def writable(tensors: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from gradclip_ext import backends, checks
 from gradclip_ext.backends import Backend
 
 Tensors = Tensor | Iterable[Tensor]
+Serving = dict[torch.device, Backend]
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def clip_grad_norm_(
     max_norm = checks.as_threshold("max_norm", max_norm)
     norm_type = checks.as_float("norm_type", norm_type)
     grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, grads)
+    serving = backends.choose(backend, foreach, _devices(grads))
     if not grads:
         return torch.tensor(0.0)
     if checks.has_dispatch_subclass(grads):
@@ -126,7 +127,7 @@ def get_total_norm(
     listed = checks.as_list("tensors", tensors)
     norm_type = checks.as_float("norm_type", norm_type)
     given = checks.all_tensors("tensors", listed)
-    serving = backends.choose(backend, foreach, given)
+    serving = backends.choose(backend, foreach, _devices(given))
     if not given:
         return torch.tensor(0.0)
     if checks.has_dispatch_subclass(given):
@@ -178,7 +179,7 @@ def clip_grads_with_norm_(
     max_norm = checks.as_threshold("max_norm", max_norm)
     checks.total_norm(total_norm)
     grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, grads)
+    serving = backends.choose(backend, foreach, _devices(grads))
     if not grads:
         return
     if checks.has_dispatch_subclass([*grads, total_norm]):
@@ -230,7 +231,7 @@ def clip_grad_value_(
     listed = checks.as_list("parameters", parameters)
     clip_value = checks.as_threshold("clip_value", clip_value)
     grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, grads)
+    serving = backends.choose(backend, foreach, _devices(grads))
     if checks.has_dispatch_subclass(grads):
         _torch_clip_grad_value_(listed, clip_value, foreach)
         return
@@ -274,7 +275,7 @@ def clamp_grad_(
     listed = checks.as_list("parameters", parameters)
     low, high = checks.as_bounds(min, max)
     grads = checks.gradients(listed)
-    serving = backends.choose(backend, None, grads)
+    serving = backends.choose(backend, None, _devices(grads))
     if checks.has_dispatch_subclass(grads):
         for grad in grads:
             grad.clamp_(min, max)
@@ -282,44 +283,58 @@ def clamp_grad_(
     _clamp_(serving, grads, low, high)
 
 
-def _total_norm(serving: dict[str, Backend], tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Combine one norm per device; only those 0-d tensors travel between devices."""
+def _total_norm(serving: Serving, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Return the norm in its public dtype; between devices only one 0-d tensor each travels."""
+    wide = not {t.dtype for t in tensors}.isdisjoint((torch.float64, torch.complex128))
+    dtype = torch.float64 if wide else torch.float32
     home = tensors[0].device
-    norms = [serving[device.type].norm(group, norm_type) for device, group in _by_device(tensors).items()]
-    norm = norms[0]
-    if len(norms) > 1:
-        stacked = torch.stack([n.to(device=home, dtype=norms[0].dtype) for n in norms])
-        norm = torch.linalg.vector_norm(stacked, norm_type)
-    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return norm.to(torch.float64 if wide else torch.float32)
+    filled = [t for t in tensors if t.numel() > 0]
+    groups = _by_device(serving, filled)
+    norms = [serving[device].norm(group, norm_type) for device, group in groups.items() if group]
+    if not norms:
+        return torch.zeros((), dtype=dtype, device=home)
+    return _combined([n.to(home) for n in norms], norm_type).to(dtype)
 
 
-def _scale_(serving: dict[str, Backend], grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
+def _combined(norms: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of a list from the norms of its parts; order 0 counts, so counts add up."""
+    if len(norms) == 1:
+        return norms[0]
+    stacked = torch.stack(list(norms))
+    total: Tensor = stacked.sum() if norm_type == 0.0 else torch.linalg.vector_norm(stacked, norm_type)
+    return total
+
+
+def _scale_(serving: Serving, grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
     if math.isinf(max_norm):  # only report: even a NaN norm must not turn into a NaN coefficient
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(grads)
         return
     # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
     clip_coef = torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
-    for device, group in _by_device(grads).items():
-        serving[device.type].scale_(group, clip_coef.to(device))
+    for device, group in _by_device(serving, grads).items():
+        serving[device].scale_(group, clip_coef.to(device))
 
 
-def _clamp_(serving: dict[str, Backend], grads: list[Tensor], low: float, high: float) -> None:
+def _clamp_(serving: Serving, grads: list[Tensor], low: float, high: float) -> None:
     if not grads:
         return
     checks.readable(grads)
     checks.writable(grads)
     checks.representable(grads, low, high)
-    for device, group in _by_device(checks.unique(checks.as_plain(grads))).items():
-        serving[device.type].clamp_(group, low, high)
+    # No need for checks.unique: clamping a gradient twice is clamping it once.
+    for device, group in _by_device(serving, checks.as_plain(grads)).items():
+        serving[device].clamp_(group, low, high)
 
 
-def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
-    groups: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device, []).append(tensor)
-    return groups
+def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
+    return list(dict.fromkeys([t.device for t in tensors]))  # in list order: a set's order varies
+
+
+def _by_device(serving: Serving, tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[Tensor]]:
+    if len(serving) == 1:
+        return dict.fromkeys(serving, tensors)
+    return {device: [t for t in tensors if t.device == device] for device in serving}
 
 
 def _raise_if_nonfinite(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
@@ -24,8 +25,8 @@ class Backend(Protocol):
         """Return why tensors of this device type cannot be served here, or None if they can."""
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        """Return the norm of the list as one vector: a new 0-d tensor on its device, float64
-        where the device has it."""
+        """Return the norm of the list as one vector, a new 0-d tensor on its device, float64 where
+        the device has that. No tensor in the list is empty."""
 
     def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
         """Multiply by the 0-d coefficient, in float32 arithmetic or wider; write nothing where
@@ -42,15 +43,17 @@ _LOOP = ForeachBackend(batched=False)
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
 
 
-def choose(name: str | None, foreach: bool | None, tensors: Iterable[Tensor]) -> dict[str, Backend]:
-    """Return which backend serves each device type among these tensors.
+def choose(
+    name: str | None, foreach: bool | None, devices: Iterable[torch.device]
+) -> dict[torch.device, Backend]:
+    """Return which backend serves each of these devices.
 
     Args:
         name: the ``backend=`` argument; None defers to GRADCLIP_EXT_BACKEND in the
             environment, and that, unset, to the order of preference.
         foreach: the ``foreach=`` argument. False means one tensor at a time, which only the
             foreach backend does, so it overrules the environment.
-        tensors: the tensors to be served.
+        devices: the devices of the tensors to be served.
 
     Raises:
         ValueError: there is no backend of that name, or it has no loop for foreach=False.
@@ -67,20 +70,19 @@ def choose(name: str | None, foreach: bool | None, tensors: Iterable[Tensor]) ->
             f"foreach=False asks for a loop over the tensors, which backend={name!r} does not have: "
             "drop one of the two arguments"
         )
-    device_types = {t.device.type for t in tensors}
-    if foreach is False:
-        return dict.fromkeys(device_types, _LOOP)
-    serving = {}
-    for device_type in device_types:
-        if foreach and not has_foreach_kernels(device_type):
+    serving: dict[torch.device, Backend] = {}
+    for device in devices:
+        if foreach and not has_foreach_kernels(device.type):
             raise RuntimeError(
-                f"foreach=True was passed, but can't use the foreach API on {device_type} tensors"
+                f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
             )
-        if asked is None:
-            serving[device_type] = next(b for b in ALL.values() if b.unusable(device_type) is None)
-            continue
-        serving[device_type] = ALL[asked]
-        reason = ALL[asked].unusable(device_type)
-        if reason is not None:
-            raise RuntimeError(f"{source}={asked!r} cannot serve {device_type} tensors: {reason}")
+        if foreach is False:
+            serving[device] = _LOOP
+        elif asked is None:
+            serving[device] = next(b for b in ALL.values() if b.unusable(device.type) is None)
+        else:
+            serving[device] = ALL[asked]
+            reason = ALL[asked].unusable(device.type)
+            if reason is not None:
+                raise RuntimeError(f"{source}={asked!r} cannot serve {device.type} tensors: {reason}")
     return serving
