@@ -100,7 +100,7 @@ def clip_grad_norm_(
     plain = checks.unique(checks.as_plain(grads))
     norm = _total_norm(serving, plain, norm_type)
     if error_if_nonfinite:
-        _raise_if_nonfinite(norm, norm_type, listed, grads)
+        _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
     _scale_(serving, plain, max_norm, norm)
     return norm
 
@@ -135,7 +135,7 @@ def get_total_norm(
     checks.readable(given)
     norm = _total_norm(serving, checks.unique(checks.as_plain(given)), norm_type)
     if error_if_nonfinite:
-        _raise_if_nonfinite(norm, norm_type, listed, given)
+        _raise_if_nonfinite(norm, norm_type, given)
     return norm
 
 
@@ -337,8 +337,6 @@ def _by_device(serving: Serving, tensors: Sequence[Tensor]) -> dict[torch.device
     return {device: [t for t in tensors if t.device == device] for device in serving}
 
 
-def _raise_if_nonfinite(
-    norm: Tensor, norm_type: float, listed: Sequence[Tensor], grads: Sequence[Tensor]
-) -> None:
+def _raise_if_nonfinite(norm: Tensor, norm_type: float, tensors: Sequence[Tensor | None]) -> None:
     if not torch.isfinite(norm):  # the one host synchronisation, asked for by name
-        raise RuntimeError(checks.nonfinite_message(norm_type, listed, grads))
+        raise RuntimeError(checks.nonfinite_message(norm_type, tensors))
