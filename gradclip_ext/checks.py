@@ -112,7 +112,7 @@ def total_norm(value: Any) -> Tensor:
 def gradients(parameters: Sequence[Any]) -> list[Tensor]:
     """Return the gradients that are there, in order."""
     try:
-        return [p.grad for p in parameters if p.grad is not None]
+        return [grad for grad in [p.grad for p in parameters] if grad is not None]
     except AttributeError:
         _raise_not_a_tensor("parameters", parameters)
         raise
@@ -131,22 +131,27 @@ def has_dispatch_subclass(tensors: Sequence[Tensor]) -> bool:
     Such a tensor has no memory of its own to read (``DTensor.data_ptr()`` is 0), so the
     list belongs to torch's own functions.
     """
-    return any(
-        type(t) not in _PLAIN_TYPES and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        for t in tensors
+    return not _all_plain(tensors) and any(
+        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors
     )
 
 
-def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+def as_plain(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors with ``__torch_function__`` subclasses replaced by plain views of them."""
+    if _all_plain(tensors):
+        return tensors
     return [t if type(t) in _PLAIN_TYPES else t.as_subclass(Tensor) for t in tensors]
 
 
-def readable(tensors: Sequence[Tensor]) -> None:
-    """Raise unless every tensor is strided, of a supported dtype and free of lazy bits."""
+def _all_plain(tensors: Sequence[Tensor]) -> bool:
+    return all(kind in _PLAIN_TYPES for kind in set(map(type, tensors)))
+
+
+def readable(tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    """Return the dtypes; raise unless every tensor is strided, of an allowed dtype and without lazy bits."""
     dtypes = {t.dtype for t in tensors}
-    if dtypes <= DTYPES and {t.layout for t in tensors} == {torch.strided} and not _any_lazy(tensors, dtypes):
-        return
+    if dtypes <= DTYPES and {t.layout for t in tensors} <= {torch.strided} and not _any_lazy(tensors, dtypes):
+        return dtypes
     for index, tensor in enumerate(tensors):
         where = f"gradient {index} (shape {tuple(tensor.shape)})"
         if tensor.layout is not torch.strided:
@@ -162,28 +167,30 @@ def readable(tensors: Sequence[Tensor]) -> None:
                 f"{where} is a lazy conjugate or negative view: call resolve_conj() or "
                 "resolve_neg() on it first"
             )
+    return dtypes
 
 
 def _any_lazy(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> bool:
     if torch.compiler.is_compiling():  # tracing resolves lazy bits by itself, and cannot ask for them
         return False
-    if any(t.is_neg() for t in tensors):
+    if any(map(Tensor.is_neg, tensors)):
         return True
-    return not dtypes.isdisjoint(_COMPLEX) and any(t.is_conj() for t in tensors)
+    return not dtypes.isdisjoint(_COMPLEX) and any(map(Tensor.is_conj, tensors))
 
 
 def writable(tensors: Sequence[Tensor]) -> None:
     """Raise unless every tensor may be written in place, each memory location once."""
-    tracing = torch.compiler.is_compiling()
-    if not tracing and not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
-        index = next(i for i, t in enumerate(tensors) if t.is_inference())
-        raise RuntimeError(
-            f"gradient {index} (shape {tuple(tensors[index].shape)}) is an inference tensor, which cannot "
-            "be changed outside of inference mode: clone() it first, or clip inside the mode"
-        )
-    for index, tensor in enumerate(tensors):
-        if tensor.is_contiguous():
-            continue
+    if torch.compiler.is_compiling():
+        irregular = list(tensors)
+    else:
+        if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
+            index = next(i for i, t in enumerate(tensors) if t.is_inference())
+            raise RuntimeError(
+                f"gradient {index} (shape {tuple(tensors[index].shape)}) is an inference tensor, which "
+                "cannot be changed outside of inference mode: clone() it first, or clip inside the mode"
+            )
+        irregular = [] if all(map(Tensor.is_contiguous, tensors)) else list(tensors)
+    for index, tensor in enumerate(irregular):
         if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride())):
             raise RuntimeError(
                 f"gradient {index} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) is "
@@ -192,9 +199,9 @@ def writable(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def representable(tensors: Sequence[Tensor], *bounds: float) -> None:
-    """Raise if a finite bound does not fit a gradient's dtype, or a gradient is complex."""
-    for dtype in {t.dtype for t in tensors}:
+def representable(dtypes: Iterable[torch.dtype], *bounds: float) -> None:
+    """Raise if a finite bound does not fit one of the gradients' dtypes, or one is complex."""
+    for dtype in dtypes:
         if dtype in _COMPLEX:
             raise RuntimeError(f"clamping is not defined for complex gradients, got {dtype}")
         limit = torch.finfo(dtype).max
@@ -214,7 +221,7 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():  # no pointers while tracing: one object is one gradient
         return list(dict.fromkeys(tensors))
-    pointers = [t.data_ptr() for t in tensors]
+    pointers = list(map(Tensor.data_ptr, tensors))
     if len(set(pointers)) == len(pointers):
         return tensors
     seen: set[Any] = set()

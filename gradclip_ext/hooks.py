@@ -87,7 +87,7 @@ def register_clamp_hook(
     name = "parameters_or_module"
     listed: list[Any] = checks.as_list(name, parameters_or_module, stacklevel=3)
     tensors = [t for t in checks.all_tensors(name, listed) if t.requires_grad]
-    checks.representable(tensors, low, high)
+    checks.representable({t.dtype for t in tensors}, low, high)
 
     def clamp(grad: Tensor) -> Tensor:
         return torch.clamp(grad, low, high)

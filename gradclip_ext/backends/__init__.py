@@ -26,7 +26,7 @@ class Backend(Protocol):
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the norm of the list as one vector, a new 0-d tensor on its device, float64 where
-        the device has that. No tensor in the list is empty."""
+        the device has that. At least one tensor in the list is not empty."""
 
     def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
         """Multiply by the 0-d coefficient, in float32 arithmetic or wider; write nothing where

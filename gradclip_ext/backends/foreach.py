@@ -57,7 +57,7 @@ class ForeachBackend:
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         if not _host_sees(tensors[0]):
-            return _device_norm(tensors, norm_type, self._batched)
+            return _device_norm([t for t in tensors if t.numel() > 0], norm_type, self._batched)
         return _host_norm(tensors, norm_type, _SMALL if self._batched else 0)
 
     def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
@@ -99,8 +99,8 @@ def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
         return torch.tensor(float(sum(bool(t.any()) for t in tensors)))
     if math.isinf(p):
         return _extreme(tensors, p, small)
-    total = _sum_of_powers(tensors, p, small)
-    mean = total.item() / sum(t.numel() for t in tensors)
+    total, numel = _sum_of_powers(tensors, p, small)
+    mean = total.item() / numel
     least = _LEAST_MEAN_FLOAT32 if p in (1.0, 2.0) else _LEAST_MEAN_FLOAT64
     if not least <= mean < math.inf:
         return _rescaled_norm(tensors, p, small)
@@ -118,17 +118,19 @@ def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     return pivot * total.pow(1.0 / p)
 
 
-def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
-    """Return the sum of |x|^p as float64."""
+def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> tuple[Tensor, int]:
+    """Return the sum of |x|^p as float64, and the number of elements."""
     total = torch.zeros((), dtype=torch.float64)
+    numel = 0
     partials: list[Tensor] = []
     for span in _pieces(tensors, _SPAN, small):
+        numel += span.numel()
         for piece in [span] if _reduces_in_place(span, p) else span.split(_PIECE):
             partials += _partials(piece, p)
         if len(partials) >= _FOLD:
             total += _fold(partials, p)
             partials = []
-    return total + _fold(partials, p) if partials else total
+    return (total + _fold(partials, p) if partials else total), numel
 
 
 def _reduces_in_place(piece: Tensor, p: float) -> bool:
@@ -184,9 +186,10 @@ def _pieces(tensors: Sequence[Tensor], most: int, small: int) -> Iterator[Tensor
         group = [t for t in tensors if t.dtype == dtype]
         if dtype.is_complex:
             for tensor in group:
-                yield from _copied_pieces(tensor)
+                if tensor.numel() > 0:
+                    yield from _copied_pieces(tensor)
             continue
-        yield from _joined([t for t in group if t.numel() <= small])
+        yield from _joined([t for t in group if 0 < t.numel() <= small])
         for tensor in group:
             if tensor.numel() > small:
                 flat = _flat_view(tensor)
@@ -243,12 +246,11 @@ def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
     # float64 results hold the square of any float32, so nothing overflows and no value decides
     # what runs next. MPS has no float64.
     wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    norms: list[Tensor] = []
-    for group in _batches(tensors, batched):
-        if group[0].is_complex():
-            wide_complex = torch.complex64 if wide == torch.float32 else torch.complex128
-            norms += [torch.linalg.vector_norm(t, p, dtype=wide_complex) for t in group]
-        elif len(group) > 1:
+    wide_complex = torch.complex64 if wide == torch.float32 else torch.complex128
+    norms = [torch.linalg.vector_norm(t, p, dtype=wide_complex) for t in tensors if t.is_complex()]
+    real = [t for t in tensors if not t.is_complex()]
+    for group in _batches(real, batched):
+        if len(group) > 1:
             norms += torch._foreach_norm(group, p, dtype=wide)
         else:
             norms.append(torch.linalg.vector_norm(group[0], p, dtype=wide))
@@ -266,6 +268,8 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
     want one dtype and no gaps, and their launches run over all tensors at once, so tensors
     that share memory are handled one after the other.
     """
+    if not tensors:
+        return []
     if batched and (torch.compiler.is_compiling() or _host_sees(tensors[0])):
         return [list(tensors)]
     if not batched or _share_memory(tensors):

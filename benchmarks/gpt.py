@@ -1,0 +1,121 @@
+"""A small byte-level GPT in plain PyTorch, and the text it is trained on."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BYTES = 256
+# More than a short training run can see, less than a second to read.
+_MOST_TEXT = 4 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the model.
+
+    Args:
+        context: bytes the model looks back on.
+        width: of the residual stream.
+        heads: of the attention; divides ``width``.
+        layers: blocks of attention and MLP.
+    """
+
+    context: int = 64
+    width: int = 128
+    heads: int = 4
+    layers: int = 2
+
+
+class Block(nn.Module):
+    """Causal self-attention and an MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.norm_attention = nn.LayerNorm(shape.width)
+        self.query_key_value = nn.Linear(shape.width, 3 * shape.width)
+        self.projection = nn.Linear(shape.width, shape.width)
+        self.norm_mlp = nn.LayerNorm(shape.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        split = self.query_key_value(self.norm_attention(x)).view(batch, time, 3, self.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.projection(attended.transpose(1, 2).reshape(batch, time, width))
+        mixed: Tensor = x + self.mlp(self.norm_mlp(x))
+        return mixed
+
+
+class GPT(nn.Module):
+    """Predicts the next byte of a text."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.token = nn.Embedding(BYTES, shape.width)
+        self.position = nn.Parameter(torch.zeros(shape.context, shape.width))
+        self.blocks = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, BYTES, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return the mean cross-entropy, in nats per byte, of predicting ``text[:, 1:]``."""
+        given, following = text[:, :-1], text[:, 1:]
+        x = self.token(given) + self.position[: given.shape[1]]
+        logits = self.head(self.norm(self.blocks(x)))
+        return functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+
+
+def read_text(path: Path | None) -> Tensor:
+    """Return a text as bytes: the file's, or by default the sources of Python's standard library.
+
+    Raises:
+        ValueError: there is no such file, or no standard library in source form.
+    """
+    if path is not None:
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--text {path} cannot be read: {error.strerror}") from error
+    else:
+        text = b""
+        for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+            text += source.read_bytes()
+        if not text:
+            raise ValueError("Python's standard library is not there as source files: pass --text FILE")
+    return torch.frombuffer(bytearray(text[:_MOST_TEXT]), dtype=torch.uint8)
+
+
+class Batches:
+    """Random excerpts of a text, the same ones for the same seed.
+
+    Args:
+        text: bytes, as read_text returns them.
+        context: length of an excerpt, plus one byte to predict.
+        batch: excerpts at a time.
+        seed: of the choice.
+    """
+
+    def __init__(self, text: Tensor, context: int, batch: int, seed: int) -> None:
+        if len(text) <= context:
+            size = context + 1
+            raise ValueError(
+                f"the text has {len(text)} bytes, but one excerpt takes {size}: pass a longer one"
+            )
+        self._text, self._context, self._batch = text, context, batch
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> Tensor:
+        """Return ``[batch, context + 1]`` as int64."""
+        last = len(self._text) - self._context - 1
+        starts = torch.randint(last + 1, (self._batch, 1), generator=self._generator)
+        return self._text[starts + torch.arange(self._context + 1)].long()

@@ -1,0 +1,150 @@
+"""The machine: what it is, how much memory it has left, and how fast that memory is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import gradclip_ext
+from benchmarks import clocks
+from benchmarks.clocks import Call
+
+_UNKNOWN_CACHE = 32 << 20
+_BANDWIDTH_REPEATS = 10
+
+
+class Bandwidths(NamedTuple):
+    """GB/s (10^9 bytes) over a buffer far larger than any cache: bytes read, and bytes read plus written."""
+
+    read_gbps: float
+    inplace_gbps: float
+
+
+def describe(device: torch.device, bandwidths: Bandwidths | None) -> dict[str, Any]:
+    """Return the ``machine`` block. It names no path, user or host."""
+    on_gpu = device.type == "cuda"
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gradclip_ext": gradclip_ext.__version__,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "read_gbps": bandwidths and round(bandwidths.read_gbps, 2),
+        "inplace_gbps": bandwidths and round(bandwidths.inplace_gbps, 2),
+    }
+
+
+def file_name(device: torch.device) -> str:
+    """Return ``<device>-torch<version>``, the stem of the results file."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return f"{slug}-torch{torch.__version__.split('+')[0]}"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Return the size of the last cache before memory; 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K"):
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes, default=_UNKNOWN_CACHE)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return how much memory is free on the device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) << 10
+    group = Path("/sys/fs/cgroup")  # a container's limit does not show in meminfo
+    try:
+        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return left if free is None else min(free, left)
+
+
+class BandwidthMeter:
+    """Measures the memory of a device with the best of several torch operations.
+
+    A bound is a maximum, and a shared machine has its good and bad minutes: measured again
+    before every case, the best result of the whole run counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Large enough for no cache to matter, nor, on a GPU, the microseconds around a kernel.
+        size = max(256 << 20, 4 * cache_bytes(device))
+        if device.type == "cuda":
+            size = min(2 << 30, (free_bytes(device) or 0) // 4)
+        x = torch.ones(size // 4096, 1024, device=device)
+        self._size = x.numel() * x.itemsize
+        self._clock = clocks.device_clock(device)
+        self._readers: list[Call] = [x.sum, lambda: torch.dot(x.view(-1), x.view(-1)), lambda: x.amax(dim=1)]
+        self._updates: list[Call] = [x.neg_, x.abs_]
+        self.best = Bandwidths(0.0, 0.0)
+
+    def measure(self) -> Bandwidths:
+        """Measure once more and return the best so far."""
+        self.best = Bandwidths(
+            max(self.best.read_gbps, self._size / self._best_us(self._readers) / 1e3),
+            max(self.best.inplace_gbps, 2 * self._size / self._best_us(self._updates) / 1e3),
+        )
+        return self.best
+
+    def _best_us(self, calls: list[Call]) -> float:
+        return min(self._clock(call) for _ in range(_BANDWIDTH_REPEATS) for call in calls)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    text = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return text.splitlines()[0] if text else None
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, marked when the tree differs from it."""
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        text = subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text.strip() or None

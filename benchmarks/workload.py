@@ -1,0 +1,106 @@
+"""The gradients one case is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from benchmarks.operations import GRADIENT_STD
+from benchmarks.shapes import Case
+from gradclip_ext import reference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Calls see memory that has left the cache once this many times its size has gone through since.
+_CACHES = 3
+# Making a tensor costs the host microseconds and a kilobyte: lists of thousands get fewer copies.
+_MOST_TENSORS = 16_384
+# What the gate, a sweep and an implementation may need beyond the gradients.
+_SCRATCH_BYTES = 512 << 20
+# Elements looked at in float64 at a time: half a MiB stays in cache, and malloc keeps it for the next
+# chunk, where larger pieces go back to the system and cost a page fault every 4 KiB.
+_CHUNK = 1 << 16
+
+
+class Workload:
+    """Random gradients in one dtype: their pristine values, and copies that take turns.
+
+    Every gradient is an allocation of its own, as autograd makes them. A call gets the copy
+    that was used longest ago; where all copies together are too small to push each other out
+    of the cache, :meth:`cool` does it. :meth:`restore` undoes a call. All of that happens
+    outside the timed region.
+
+    Args:
+        case: the shapes.
+        dtype: key of DTYPES.
+        device: where the gradients live.
+        cache_bytes: size of the device's last cache before memory.
+        seed: of the random values.
+    """
+
+    def __init__(self, case: Case, dtype: str, device: torch.device, cache_bytes: int, seed: int = 0) -> None:
+        self.case = case
+        self.device = device
+        self.dtype_name = dtype
+        self.dtype = DTYPES[dtype]
+        self.bytes = case.numel * self.dtype.itemsize
+        copies = _copies(case, self.bytes, cache_bytes)
+        random = torch.Generator(device).manual_seed(seed)
+        self.pristine = [
+            torch.empty(shape, dtype=self.dtype, device=device).normal_(0.0, GRADIENT_STD, generator=random)
+            for shape in case.shapes
+        ]
+        self._copies = [[_parameter(t) for t in self.pristine] for _ in range(copies)]
+        self._turn = 0
+        too_small = copies * self.bytes < _CACHES * cache_bytes
+        self._sweep = torch.zeros(_CACHES * cache_bytes // 4, device=device) if too_small else None
+        self.norm = reference.total_norm([torch.tensor(list(self._chunk_norms()), dtype=torch.float64)])
+
+    def next(self) -> list[Parameter]:
+        """Return the parameters whose gradients were used longest ago."""
+        self._turn = (self._turn + 1) % len(self._copies)
+        return self._copies[self._turn]
+
+    def restore(self, parameters: Sequence[Parameter]) -> None:
+        """Give the gradients of ``parameters`` their pristine values back."""
+        for parameter, values in zip(parameters, self.pristine):
+            if parameter.grad is None:  # an implementation under judgement may do anything
+                parameter.grad = values.clone()
+            else:
+                parameter.grad.copy_(values)
+
+    def cool(self) -> None:
+        """Push the gradients out of the cache unless the other copies have done so already."""
+        if self._sweep is not None:
+            self._sweep.sum()
+
+    def _chunk_norms(self) -> Iterator[float]:
+        for tensor in self.pristine:
+            for chunk in chunks(tensor):
+                yield reference.total_norm([chunk])
+
+
+def needed_bytes(case: Case, dtype: str, cache_bytes: int) -> int:
+    """Return how much memory measuring the case takes."""
+    size = case.numel * DTYPES[dtype].itemsize
+    return (_copies(case, size, cache_bytes) + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield flat pieces small enough to be looked at in float64 whatever the tensor's size."""
+    yield from tensor.view(-1).split(_CHUNK)
+
+
+def _copies(case: Case, size: int, cache_bytes: int) -> int:
+    enough = -(-_CACHES * cache_bytes // size)
+    return max(1, min(enough, _MOST_TENSORS // case.tensors))
+
+
+def _parameter(values: Tensor) -> Parameter:
+    # Clipping never looks at the weights, so one element stands for all of them.
+    parameter = Parameter(values.new_zeros(()).expand(values.shape))
+    parameter.grad = values.clone()
+    return parameter

@@ -1,0 +1,50 @@
+"""Fixtures and settings for the whole suite; see cases.py for what is tested and oracle.py for how."""
+
+from __future__ import annotations
+
+import zlib
+
+import hypothesis
+import pytest
+import torch
+from cases import SEED, Target, targets
+
+from gradclip_ext.backends import foreach
+
+hypothesis.settings.register_profile(
+    "gradclip_ext",
+    deadline=None,
+    max_examples=100,
+    print_blob=True,
+    # `backend` patches a function per test, not per example, and that is meant.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("gradclip_ext")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch says so wherever it takes a norm of order 0 of complex numbers, although the count is right.
+    config.addinivalue_line("filterwarnings", "ignore:Casting complex values to real:UserWarning")
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"CUDA {'available' if torch.cuda.is_available() else 'not available'}",
+        f"seed of random inputs and of hypothesis: {SEED} (repeat with GRADCLIP_EXT_TEST_SEED={SEED})",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _seed_inputs(request: pytest.FixtureRequest) -> None:
+    """Give every test inputs that depend on the seed and on its own name, not on which tests ran before."""
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(params=targets())
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """Every backend on every device where it is usable, and the special ways of driving foreach."""
+    target: Target = request.param
+    if target.way == "blind":
+        monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    return target

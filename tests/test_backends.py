@@ -1,0 +1,163 @@
+"""The choice of a backend, and one set of verbs for all of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import oracle
+import pytest
+import torch
+from cases import clones, grads_of, parameters, random
+from oracle import parameter
+
+import gradclip_ext
+from gradclip_ext import backends
+from gradclip_ext.backends import foreach
+
+VERBS = ("unusable", "norm", "scale_", "clamp_")
+
+
+@pytest.mark.parametrize("name", list(backends.ALL))
+def test_same_verbs_everywhere(name: str) -> None:
+    backend = backends.ALL[name]
+    assert backend.name == name
+    for verb in VERBS:
+        declared = list(inspect.signature(getattr(backends.Backend, verb)).parameters)[1:]
+        offered = list(inspect.signature(getattr(backend, verb)).parameters)
+        assert offered[: len(declared)] == declared, f"{name}.{verb}"
+    declared_verbs = {v for v in vars(backends.Backend) if not v.startswith("_")} - {"name"}
+    assert set(VERBS) <= declared_verbs
+
+
+@pytest.mark.parametrize("name", list(backends.ALL))
+def test_unusable_gives_a_reason_or_none(name: str) -> None:
+    for device_type in ("cpu", "cuda", "meta"):
+        reason = backends.ALL[name].unusable(device_type)
+        assert reason is None or (isinstance(reason, str) and len(reason) > 10), (name, device_type, reason)
+
+
+def test_foreach_is_always_there() -> None:
+    assert backends.ALL["foreach"].unusable("cpu") is None
+    assert list(backends.ALL)[-1] == "foreach", "the fallback comes last in the order of preference"
+
+
+def test_automatic_choice_serves_the_cpu() -> None:
+    params = parameters((5,), (3, 2))
+    before = clones(grads_of(params))
+    norm = gradclip_ext.clip_grad_norm_(params, 0.5)
+    oracle.assert_norm(norm, before, 2.0)
+    oracle.assert_scaled(grads_of(params), before, norm, 0.5)
+
+
+# ---------------------------------------------------------------- GRADCLIP_EXT_BACKEND
+
+
+def test_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_EXT_BACKEND", "foreach")
+    params = parameters((5,))
+    assert gradclip_ext.clip_grad_norm_(params, 1.0) > 0
+
+
+def test_environment_is_held_to_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_EXT_BACKEND", "nonsense")
+    params = parameters((5,), (2,))
+    for call in (
+        lambda: gradclip_ext.clip_grad_norm_(params, 0.1),
+        lambda: gradclip_ext.clip_grads_with_norm_(params, 0.1, torch.tensor(5.0)),
+        lambda: gradclip_ext.clip_grad_value_(params, 0.1),
+        lambda: gradclip_ext.clamp_grad_(params, -0.1, 0.1),
+        lambda: gradclip_ext.get_total_norm(grads_of(params)),
+    ):
+        with oracle.unchanged(grads_of(params)), pytest.raises(ValueError, match="nonsense") as caught:
+            call()
+        assert "GRADCLIP_EXT_BACKEND" in str(caught.value) and "foreach" in str(caught.value)
+
+
+def test_argument_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_EXT_BACKEND", "nonsense")
+    params = parameters((5,))
+    assert gradclip_ext.clip_grad_norm_(params, 1.0, backend="foreach") > 0
+
+
+def test_empty_environment_variable_is_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_EXT_BACKEND", "")
+    assert gradclip_ext.clip_grad_norm_(parameters((5,)), 1.0) > 0
+
+
+@pytest.mark.parametrize("name", list(backends.ALL))
+def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
+    unusable = {d: backends.ALL[name].unusable(d) for d in ("cpu", "meta")}
+    for device, reason in unusable.items():
+        if reason is None:
+            continue
+        param = torch.nn.Parameter(torch.empty(3, device=device))
+        param.grad = torch.empty(3, device=device)
+        with pytest.raises(RuntimeError) as caught:
+            gradclip_ext.clip_grad_norm_(param, 1.0, backend=name)
+        assert name in str(caught.value) and reason in str(caught.value)
+
+
+# ---------------------------------------------------------------- irregular gradients on any backend
+
+
+def test_irregular_gradients_are_served_whichever_backend_is_named() -> None:
+    """Gaps and complex numbers have no fused kernel; naming a backend does not make them an error."""
+    for name, backend in backends.ALL.items():
+        if backend.unusable("cpu") is not None:
+            continue
+        grads = [random(6, 4)[::2], random(5, dtype=torch.complex64), random(7), random(3, 4).t()]
+        before = clones(grads)
+        norm = gradclip_ext.clip_grad_norm_([parameter(g) for g in grads], 0.5, backend=name)
+        oracle.assert_norm(norm, before, 2.0, name)
+        oracle.assert_scaled(grads, before, norm, 0.5, name)
+
+
+def test_device_of_meta_tensors_needs_no_values() -> None:
+    """Nothing decides on a value there: shapes and dtypes come out, as from torch."""
+    params = []
+    for shape in ((3,), (2, 2), (0,)):
+        params.append(torch.nn.Parameter(torch.empty(*shape, device="meta")))
+        params[-1].grad = torch.empty(*shape, device="meta")
+    for norm_type in (0.0, 0.5, 1.0, 2.0, math.inf):
+        norm = gradclip_ext.clip_grad_norm_(params, 1.0, norm_type)
+        assert norm.device.type == "meta" and norm.shape == () and norm.dtype == torch.float32
+    gradclip_ext.clip_grad_value_(params, 1.0)
+    gradclip_ext.clamp_grad_(params, 0.0)
+
+
+# ---------------------------------------------------------------- how foreach groups for an accelerator
+
+
+@pytest.mark.parametrize(
+    "ranges, shared",
+    [
+        ([(0, 4), (4, 8)], False),
+        ([(0, 5), (4, 8)], True),
+        ([(4, 8), (0, 5)], True),
+        ([(0, 9), (1, 2), (5, 6)], True),
+        ([(0, 0), (0, 4), (4, 4)], False),
+        ([(0, 3)], False),
+    ],
+)
+def test_shared_memory_is_noticed(ranges: list, shared: bool) -> None:
+    base = random(9)
+    assert foreach._share_memory([base[a:b] for a, b in ranges]) is shared
+
+
+def test_interleaved_slices_share_a_range() -> None:
+    base = random(8)
+    assert foreach._share_memory([base[::2], base[1::2]])  # cautious: ranges, not elements
+
+
+def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dtype and no gaps per launch; what is irregular goes alone and demotes nobody."""
+    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    a, b = random(3), random(4)
+    half = random(5, dtype=torch.bfloat16)
+    gaps, z = random(6, 2)[:, 0], random(2, dtype=torch.complex64)
+    groups = foreach._batches([a, gaps, half, z, b], True)
+    assert [[id(t) for t in g] for g in groups] == [[id(a), id(b)], [id(half)], [id(gaps)], [id(z)]]
+    assert [len(g) for g in foreach._batches([a, b, half], False)] == [1, 1, 1]
+    overlapping = [a[:2], a[1:], b]
+    assert [len(g) for g in foreach._batches(overlapping, True)] == [1, 1, 1]

@@ -1,0 +1,344 @@
+"""benchmarks/: the gate bites, the files say what they must, the command line explains itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradclip_ext
+from benchmarks import __main__ as program
+from benchmarks import machine, suite, table, train
+from benchmarks.implementations import BASELINE, Implementation, available
+from benchmarks.machine import Bandwidths
+from benchmarks.operations import OPERATIONS, Operation
+from benchmarks.shapes import CASES, Case
+from benchmarks.suite import Outcome, Settings
+from benchmarks.timing import Timing
+from benchmarks.workload import DTYPES, Workload
+
+CPU = torch.device("cpu")
+SMALL = Case("small", "made up for the tests", ((300, 70), (128,), (7, 5)))
+RECORD_FIELDS = [
+    "case",
+    "tensors",
+    "numel",
+    "bytes",
+    "dtype",
+    "device",
+    "op",
+    "state",
+    "impl",
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "host_us",
+    "launches",
+    "scratch_bytes",
+    "gbps",
+    "bound_us",
+    "pct_of_bound",
+    "speedup_vs_torch",
+    "max_rel_error",
+    "ok",
+]
+MACHINE_FIELDS = [
+    "cpu",
+    "cores",
+    "gpu",
+    "driver",
+    "cuda",
+    "torch",
+    "triton",
+    "gradclip_ext",
+    "commit",
+    "date",
+    "read_gbps",
+    "inplace_gbps",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small work waits for other processes when it is shared among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured(
+    dtype: str, extra: Implementation | None = None, operations: tuple[Operation, ...] = OPERATIONS
+) -> list[Outcome]:
+    settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=3, seconds=0.0)
+    implementations = [*available(CPU)[0].values(), *([extra] if extra else [])]
+    return list(suite.measure_case(SMALL, dtype, operations, implementations, settings))
+
+
+# ---------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_everything_available_passes_the_gate(dtype: str) -> None:
+    for outcome in measured(dtype):
+        assert outcome.problems == {}
+        for record in outcome.records:
+            assert record.ok
+            assert record.speedup_vs_torch is not None
+            assert record.max_rel_error is not None
+            assert record.impl.startswith(BASELINE) or record.max_rel_error <= 1e-6
+
+
+def _drops_nan(parameters: list[Tensor], max_norm: float) -> Tensor:
+    for p in parameters:
+        p.grad.nan_to_num_(nan=0.0)
+    return gradclip_ext.clip_grad_norm_(parameters, max_norm)
+
+
+def _hides_nan(tensors: list[Tensor]) -> Tensor:
+    return gradclip_ext.get_total_norm([t.nan_to_num(nan=0.0) for t in tensors])
+
+
+def _stops_at_nan(parameters: list[Tensor], max_norm: float) -> Tensor:
+    norm = gradclip_ext.get_total_norm([p.grad for p in parameters])
+    return norm if norm.isnan() else gradclip_ext.clip_grad_norm_(parameters, max_norm)
+
+
+def _scales_too_much(parameters: list[Tensor], max_norm: float) -> Tensor:
+    norm = gradclip_ext.get_total_norm([p.grad for p in parameters])
+    gradclip_ext.clip_grads_with_norm_(parameters, 1.001 * max_norm, norm)
+    return norm
+
+
+def _norm_too_large(tensors: list[Tensor]) -> Tensor:
+    return gradclip_ext.get_total_norm(tensors) * 1.001
+
+
+def _clamps_too_low(parameters: list[Tensor], clip_value: float) -> None:
+    gradclip_ext.clip_grad_value_(parameters, clip_value / 1.01)  # 1.001 would be rounded away in bfloat16
+
+
+def _raises(*_: Any) -> Tensor:
+    raise RuntimeError("no kernel image")
+
+
+def _without_last(function: Callable[..., Any], tensors: list[Tensor], *threshold: float) -> Any:
+    return function(tensors[:-1], *threshold)
+
+
+PLANTED = {
+    "drops NaN": ("clip_grad_norm_", _drops_nan),
+    "hides NaN": ("get_total_norm", _hides_nan),
+    "stops at NaN": ("clip_grad_norm_", _stops_at_nan),
+    "ignores the last gradient": ("clip_grad_norm_", partial(_without_last, gradclip_ext.clip_grad_norm_)),
+    "ignores the last tensor": ("get_total_norm", partial(_without_last, gradclip_ext.get_total_norm)),
+    "clamps all but the last": ("clip_grad_value_", partial(_without_last, gradclip_ext.clip_grad_value_)),
+    "scales by 1.001": ("clip_grad_norm_", _scales_too_much),
+    "norm 1.001 times too large": ("get_total_norm", _norm_too_large),
+    "clamps too low": ("clip_grad_value_", _clamps_too_low),
+    "raises": ("clip_grad_norm_", _raises),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_wrong_implementation_gets_no_speedup(fault: str, dtype: str) -> None:
+    name, function = PLANTED[fault]
+    wrong = Implementation("wrong", False, {name: function})
+    clipped = tuple(o for o in OPERATIONS if o.name == name)[-1]
+    (outcome,) = measured(dtype, wrong, (clipped,))
+    record = outcome.records[-1]
+    assert (record.impl, record.ok) == ("wrong", False)
+    assert record.p50_us is record.speedup_vs_torch is record.gbps is record.pct_of_bound is None
+    assert list(outcome.problems) == ["wrong"]
+    assert all(r.ok and r.speedup_vs_torch for r in outcome.records[:-1])
+    *_, row, reason = table.rows(outcome.records, outcome.problems)
+    assert "x " not in row
+    assert f"WRONG: {outcome.problems['wrong']}" in reason
+
+
+def test_a_wrong_torch_is_timed_but_gets_no_speedup() -> None:
+    (operation,) = (o for o in OPERATIONS if o.name == "get_total_norm")
+    wrong = Implementation(BASELINE, True, {"get_total_norm": lambda tensors: torch.tensor(1.0)})
+    ours = available(CPU)[0]["gradclip_ext[foreach]"]
+    settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=3, seconds=0.0)
+    (outcome,) = suite.measure_case(SMALL, "float32", [operation], [wrong, ours], settings)
+    first, second = outcome.records
+    assert not first.ok
+    assert first.p50_us
+    assert first.speedup_vs_torch is None
+    assert second.ok
+    assert second.speedup_vs_torch
+
+
+def test_gradients_are_pristine_again_after_every_operation() -> None:
+    workload = Workload(SMALL, "float32", CPU, cache_bytes=1 << 20)
+    parameters = workload.next()
+    gradclip_ext.clip_grad_norm_(parameters, 0.5 * workload.norm)
+    workload.restore(parameters)
+    assert all(torch.equal(p.grad, t) for p, t in zip(parameters, workload.pristine))
+    assert workload.next()[0] is not parameters[0]
+    exact = math.sqrt(sum(float(t.double().pow(2).sum()) for t in workload.pristine))
+    assert workload.norm == pytest.approx(exact, rel=1e-12)
+
+
+def test_speedup_is_the_median_of_pairs() -> None:
+    slow = Timing([10.0, 30.0, 90.0], None, None, None)
+    fast = Timing([5.0, 10.0, 90.0], None, None, None)
+    assert fast.speedup_over(slow) == 2.0
+    assert slow.percentile(50) == 30.0
+    assert slow.percentile(20) == pytest.approx(18.0)
+
+
+# ---------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "numel"),
+    [
+        ("gpt2-124m", 148, 124_439_808),
+        ("resnet-50", 161, 25_557_032),
+        ("vit-b-16", 152, 86_567_656),
+        ("llama-3-8b", 291, 8_030_261_248),
+        ("lora-llama-3-8b", 448, 41_943_040),
+        ("2000x64", 2000, 128_000),
+    ],
+)
+def test_cases_have_the_published_sizes(name: str, tensors: int, numel: int) -> None:
+    assert (CASES[name].tensors, CASES[name].numel) == (tensors, numel)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "3"]
+    assert program.main([*chosen, "--ops", "clip_grad_norm_", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.split("memory ")[0].splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "1.00x" in printed
+    text = path.read_text()
+    results = json.loads(text)
+    assert list(results) == ["machine", "records"]
+    assert list(results["machine"]) == MACHINE_FIELDS
+    assert len(results["records"]) == 2 * len(available(CPU)[0]) - 2
+    for record in results["records"]:
+        assert list(record) == RECORD_FIELDS
+        assert record["ok"]
+        assert record["p20_us"] <= record["p50_us"] <= record["p80_us"]
+        assert record["bytes"] == 4 * record["numel"] == 512_000
+    bandwidths = Bandwidths(results["machine"]["read_gbps"], results["machine"]["inplace_gbps"])
+    unclipped, clipped = results["records"][0], results["records"][-1]
+    assert unclipped["bound_us"] == pytest.approx(512 / bandwidths.read_gbps, rel=0.01)
+    assert clipped["bound_us"] == pytest.approx(
+        512 / bandwidths.read_gbps + 1024 / bandwidths.inplace_gbps, rel=0.01
+    )
+    assert str(tmp_path) not in text
+    assert str(Path(__file__).parents[1]) not in text
+    assert socket.gethostname() not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "gpt5"], "unknown case gpt5; there are: gpt2-124m, resnet-50"),
+        (["--dtypes", "float8"], "unknown dtype float8; there are: float32"),
+        (["--ops", "clip"], "unknown operation clip; there are: clip_grad_norm_:unclipped"),
+        (["--impls", "apex"], "unknown implementation apex; there are: torch.nn.utils"),
+        (["--device", "tpu"], "there is no device 'tpu'"),
+        (["--device", "mps"], "only cpu and cuda"),
+        (["--json", "/proc/no/such/place.json"], "cannot be written"),
+        (["--json", "/"], "cannot be written: it is a folder"),
+    ],
+)
+def test_what_does_not_exist_is_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(["--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert program.main(["--device", "cuda"]) == 2
+    assert "no GPU was found" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 10**9)
+    path = tmp_path / "results.json"
+    assert program.main(["--device", "cpu", "--cases", "gpt2-124m", "--json", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert "gpt2-124m in float32 is skipped: it needs" in printed.out
+    assert "Nothing was measured" in printed.err
+
+
+def test_interrupt_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    measure_case = suite.measure_case
+
+    def interrupted(*arguments: Any) -> Iterator[Outcome]:
+        yield next(measure_case(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "measure_case", interrupted)
+    path = tmp_path / "results.json"
+    chosen = ["--device", "cpu", "--cases", "2000x64", "--repeats", "1", "--impls", "foreach"]
+    assert program.main([*chosen, "--json", str(path)]) == 130
+    assert "Interrupted: the 2 rows measured so far are kept" in capsys.readouterr().out
+    assert [r["impl"] for r in json.loads(path.read_text())["records"]] == [BASELINE, "gradclip_ext[foreach]"]
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_training_agrees_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "train.png"
+    assert train.main(["--steps", "6", "--batch", "2", "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "steps 1-1" in printed
+    assert "clipping active, of 6 steps" in printed
+    assert "The curves agree" in printed
+
+
+def _no_clipping(parameters: list[Tensor], max_norm: float) -> Tensor:
+    return gradclip_ext.clip_grad_norm_(parameters, math.inf)
+
+
+def _norm_of_the_first(parameters: list[Tensor], max_norm: float) -> Tensor:
+    return gradclip_ext.clip_grad_norm_(parameters[:1], max_norm)
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [(_no_clipping, "the losses of wrong"), (_norm_of_the_first, "gradient norms differ")],
+)
+def test_training_notices_wrong_clipping(clip: Callable[..., Tensor], message: str) -> None:
+    settings = train.parse(["--steps", "10", "--batch", "2", "--max-norm", "1e-7"])
+    clips = {"torch.nn.utils": torch.nn.utils.clip_grad_norm_, "wrong": clip}
+    problems = train.disagreements(train.train(settings, clips))
+    assert any(message in problem for problem in problems)
+
+
+def test_training_says_what_is_wrong_with_the_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    assert train.main(["--text", str(short)]) == 2
+    assert "the text has 9 bytes" in capsys.readouterr().err
+    assert train.main(["--text", str(tmp_path / "missing.txt")]) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""torch.compile(fullgraph=True) for every function gives what eager gives."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import clones, grads_of, random
+from oracle import parameter
+from torch import Tensor
+
+import gradclip_ext
+
+HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+over_compilers = pytest.mark.parametrize(
+    "compiler",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                not HAS_COMPILER, reason="inductor needs a C++ compiler: no g++, clang++, c++"
+            ),
+        ),
+    ],
+)
+
+FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "clip_grad_norm_": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0),
+    "clip_grad_norm_, max_norm=inf": lambda ps: gradclip_ext.clip_grad_norm_(ps, math.inf),
+    "clip_grad_value_": lambda ps: gradclip_ext.clip_grad_value_(ps, 0.1),
+    "clamp_grad_": lambda ps: gradclip_ext.clamp_grad_(ps, -0.1, 0.3),
+    "get_total_norm": lambda ps: gradclip_ext.get_total_norm([p.grad for p in ps]),
+    "clip_grads_with_norm_": lambda ps: gradclip_ext.clip_grads_with_norm_(ps, 1.0, ps[0].grad.abs().sum()),
+}
+NORM_TYPES = (0.0, 0.5, 1.0, 3.0, math.inf, -math.inf)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_like_eager(
+    compiled: Callable[[list[Tensor]], Any],
+    eager: Callable[[list[Tensor]], Any],
+    grads: list[Tensor],
+    what: str,
+) -> None:
+    """Compare results and gradients: the compiler may reorder sums, so the norm has its 1e-6 and each
+    gradient that and one rounding."""
+    ours, theirs = ([parameter(g) for g in clones(grads)] for _ in range(2))
+    results = compiled(ours), eager(theirs)
+    assert (results[0] is None) == (results[1] is None), what
+    if results[0] is not None:
+        assert results[0].dtype == results[1].dtype and results[0].shape == (), what
+        oracle.assert_same_specials(*results, what=what)
+        torch.testing.assert_close(*results, rtol=1e-6, atol=0.0, equal_nan=True)
+    for one, other in zip(grads_of(ours), grads_of(theirs)):
+        oracle.assert_same_specials(one, other, what)
+        rtol = 2e-6 + torch.finfo(one.dtype).eps
+        torch.testing.assert_close(
+            one, other, rtol=rtol, atol=0.0, equal_nan=True, msg=lambda m: f"{what}: {m}"
+        )
+
+
+def compiled_with(compiler: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=compiler, fullgraph=True)
+
+
+@over_compilers
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function(compiler: str, name: str) -> None:
+    """One compiled function meets gradients that are clipped, that are not, and that are not finite: no
+    branch of the trace may hang on a value."""
+    compiled = compiled_with(compiler, FUNCTIONS[name])
+    for factor in (1.0, 1e-3, math.inf, math.nan):
+        grads = [random(8, 4), random(5), random()]
+        grads[1][2] *= factor
+        grads[0] *= min(factor, 1.0)
+        assert_like_eager(compiled, FUNCTIONS[name], grads, f"{name}, factor {factor}")
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_orders(norm_type: float) -> None:
+    def function(ps: list[Tensor]) -> Tensor:
+        return gradclip_ext.clip_grad_norm_(ps, 1.0, norm_type)
+
+    assert_like_eager(
+        compiled_with("aot_eager", function), function, [random(8, 4), random(5)], f"{norm_type}"
+    )
+
+
+@over_compilers
+def test_mixed_dtypes_layouts_and_duplicates(compiler: str) -> None:
+    def function(ps: list[Tensor]) -> Tensor:
+        return gradclip_ext.clip_grad_norm_([*ps, ps[0]], 1.0)
+
+    grads = [
+        random(4, 3, dtype=torch.bfloat16),
+        random(6),
+        random(3, 4).t(),
+        random(0, 2),
+        random(6, dtype=torch.float16),
+    ]
+    assert_like_eager(compiled_with(compiler, function), function, grads, "")
+
+
+def test_float64_and_complex_beside_float32() -> None:
+    function = FUNCTIONS["clip_grad_norm_"]
+    for dtypes in (
+        (torch.float32, torch.float64),
+        (torch.float32, torch.complex64),
+        (torch.complex64, torch.float32),
+    ):
+        grads = [random(4, 3, dtype=d) for d in dtypes]
+        assert_like_eager(compiled_with("aot_eager", function), function, grads, f"{dtypes}")
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_foreach_argument(foreach: bool | None) -> None:
+    def function(ps: list[Tensor]) -> Tensor:
+        gradclip_ext.clip_grad_value_(ps, 0.5, foreach=foreach)
+        return gradclip_ext.clip_grad_norm_(ps, 1.0, foreach=foreach)
+
+    assert_like_eager(compiled_with("aot_eager", function), function, [random(8, 4), random(5)], f"{foreach}")
+
+
+def test_nothing_to_clip() -> None:
+    def function(ps: list[Tensor]) -> Tensor:
+        gradclip_ext.clip_grad_value_(ps, 0.5)
+        return gradclip_ext.clip_grad_norm_(ps, 1.0)
+
+    frozen = [torch.nn.Parameter(random(3))]
+    assert compiled_with("aot_eager", function)(frozen).item() == 0.0
+
+
+def test_range_beyond_float32_squares() -> None:
+    function = FUNCTIONS["clip_grad_norm_"]
+    for scale in (1e-30, 1e25):
+        assert_like_eager(
+            compiled_with("aot_eager", function), function, [random(8) * scale, random(5) * scale], ""
+        )
+
+
+def test_while_torch_is_patched() -> None:
+    def function(ps: list[Tensor]) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(ps, 1.0)
+
+    with gradclip_ext.patch_torch():
+        grads = [random(8, 4, dtype=torch.bfloat16), random(5, dtype=torch.bfloat16)]
+        assert_like_eager(compiled_with("aot_eager", function), function, grads, "patched")
+        assert compiled_with("aot_eager", function)([parameter(g) for g in grads]).dtype == torch.float32
+
+
+def test_training_step() -> None:
+    """Optimizer step and clipping in one graph, as a training loop compiles them."""
+    x, results = random(16, 4), []
+    for wrap in (lambda f: f, lambda f: compiled_with("aot_eager", f)):
+        torch.manual_seed(7)
+        model = torch.nn.Linear(4, 3)
+        params = list(model.parameters())
+
+        def step(params: list[Tensor] = params) -> Tensor:
+            norm = gradclip_ext.clip_grad_norm_(params, 0.1)
+            with torch.no_grad():
+                for p in params:
+                    p.sub_(p.grad, alpha=0.5)
+            return norm
+
+        run = wrap(step)
+        norms = []
+        for _ in range(4):
+            model.zero_grad()
+            model(x).pow(2).mean().backward()
+            norms.append(run())
+        results.append((torch.stack(norms), model.weight.detach()))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_model_with_clamp_hooks() -> None:
+    """Hooks are registered outside; the compiled forward's backward still passes through them."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()), random(16, 4) * 10
+    grads = []
+    with gradclip_ext.register_clamp_hook(model, -0.2, 0.1):
+        for run in (model, compiled_with("aot_eager", model)):
+            model.zero_grad()
+            run(x).sum().mul(50).backward()
+            grads.append(clones(grads_of(list(model.parameters()))))
+    for one, other in zip(*grads):
+        assert one.max() <= torch.tensor(0.1) and one.min() >= torch.tensor(-0.2)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_error_if_nonfinite_breaks_the_graph_but_works() -> None:
+    """As in torch it needs the value, so it is the one thing that fullgraph cannot have."""
+    compiled = torch.compile(
+        lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0, error_if_nonfinite=True), backend="eager"
+    )
+    params = [parameter(random(3)), parameter(random(4))]
+    before = clones(grads_of(params))
+    oracle.assert_scaled(grads_of(params), before, compiled(params), 1.0)
+    params[1].grad[2] = math.inf
+    with pytest.raises(RuntimeError, match="non-finite"):
+        compiled(params)
+    assert params[0].grad.isfinite().all()

@@ -1,0 +1,63 @@
+"""get_total_norm: tensors of any kind, read only."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import oracle
+import pytest
+import torch
+from cases import CONTAINERS, LAYOUTS, NORM_TYPES, Target, over_dtypes, over_norm_types
+
+import gradclip_ext
+
+
+@over_norm_types
+@over_dtypes
+def test_parity_over_layouts_and_containers(backend: Target, dtype: torch.dtype, norm_type: float) -> None:
+    for layout, make in LAYOUTS.items():
+        tensors = [make(dtype=dtype, device=backend.device), backend.random(6, dtype=dtype)]
+        for container, wrap in CONTAINERS.items():
+            given = tensors[:1] if container == "single tensor" else tensors
+            with oracle.unchanged(given):
+                norm = backend.get_total_norm(wrap(given), norm_type)
+            oracle.assert_norm(norm, given, norm_type, f"{layout}, {container}")
+
+
+def test_weights_and_activations(backend: Target) -> None:
+    """Any tensors will do: parameters, and results that carry a graph."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).to(backend.device)
+    weights = list(model.parameters())
+    oracle.assert_norm(backend.get_total_norm(weights), weights, 2.0)
+    oracle.assert_norm(backend.get_total_norm(model.parameters(), 1.0), weights, 1.0)
+    activation = model(backend.random(5, 4))
+    oracle.assert_norm(backend.get_total_norm(activation), [activation.detach()], 2.0)
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_expanded_tensors_count_every_element(backend: Target, norm_type: float) -> None:
+    for shape, wider in (((1,), (7,)), ((3, 1), (3, 5)), ((), (2, 3))):
+        tensors = [backend.random(*shape).expand(*wider), backend.random(4)]
+        oracle.assert_norm(backend.get_total_norm(tensors, norm_type), tensors, norm_type)
+
+
+@pytest.mark.parametrize("empty", [[], (), {}.values(), iter([])], ids=lambda e: type(e).__name__)
+def test_nothing_gives_a_new_zero(empty: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oracle.assert_same_bits(gradclip_ext.get_total_norm(empty), torch.tensor(0.0))
+
+
+def test_then_clip_is_clip_grad_norm_(backend: Target) -> None:
+    """Norm and clip apart, as pipeline stages need them, give the bits of the whole."""
+    for norm_type in (0.5, 1.0, 2.0, math.inf):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            grads = [backend.random(5, 3, dtype=dtype), backend.random(9, dtype=dtype)]
+            one, two = ([oracle.parameter(g.clone()) for g in grads] for _ in range(2))
+            whole = backend.clip_grad_norm_(one, 0.5, norm_type)
+            norm = backend.get_total_norm([p.grad for p in two], norm_type)
+            backend.clip_grads_with_norm_(two, 0.5, norm)
+            oracle.assert_same_bits(norm, whole)
+            for a, b in zip(one, two):
+                oracle.assert_same_bits(a.grad, b.grad)

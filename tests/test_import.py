@@ -1,0 +1,74 @@
+"""What importing the package costs and leaves behind."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import statistics
+
+import torch.nn.utils
+from subprocesses import run_python
+
+import gradclip_ext
+
+SCRIPT = """
+import json, sys, time, warnings
+import torch, torch.nn.utils.clip_grad
+places = [torch.nn.utils, torch.nn.utils.clip_grad]
+names = [(m, n) for m in places for n in dir(m) if callable(getattr(m, n))]
+before = {(m.__name__, n): getattr(m, n) for m, n in names}
+modules, state = set(sys.modules), torch.get_rng_state()
+threads, default = torch.get_num_threads(), torch.get_default_dtype()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    start = time.perf_counter()
+    import gradclip_ext
+    seconds = time.perf_counter() - start
+print(json.dumps({
+    "seconds": seconds,
+    "patched": [n for m, n in names if getattr(m, n) is not before[m.__name__, n]],
+    "cuda": torch.cuda.is_initialized(),
+    "modules": sorted(m for m in set(sys.modules) - modules if not m.startswith("gradclip_ext")),
+    "warnings": [str(w.message) for w in caught],
+    "state": [torch.equal(state, torch.get_rng_state()), threads == torch.get_num_threads(),
+              default == torch.get_default_dtype()],
+}))
+"""
+
+
+def test_import() -> None:
+    """One script, five processes: the time is the median, everything else must hold each time."""
+    runs = [json.loads(run_python("-c", SCRIPT, timeout=120)) for _ in range(5)]
+    for run in runs:
+        assert run["patched"] == [], "importing must patch nothing"
+        assert run["cuda"] is False, "importing must start no CUDA context"
+        assert run["warnings"] == [] and all(run["state"]), run
+        assert not [m for m in run["modules"] if m.startswith(("torch.distributed", "triton", "numpy"))], run[
+            "modules"
+        ]
+    assert statistics.median(run["seconds"] for run in runs) < 0.050, [run["seconds"] for run in runs]
+
+
+def test_public_names() -> None:
+    assert set(gradclip_ext.__all__) == {
+        "__version__",
+        "clamp_grad_",
+        "clip_grad_norm_",
+        "clip_grad_value_",
+        "clip_grads_with_norm_",
+        "get_total_norm",
+        "patch_torch",
+        "register_clamp_hook",
+        "unpatch_torch",
+    }
+    assert all(hasattr(gradclip_ext, name) for name in gradclip_ext.__all__)
+    assert gradclip_ext.__version__[0].isdigit()
+
+
+def test_arguments_have_torchs_names_in_torchs_order() -> None:
+    for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"):
+        ours = inspect.signature(getattr(gradclip_ext, name)).parameters
+        theirs = inspect.signature(getattr(torch.nn.utils, name)).parameters
+        positional = {n: p.default for n, p in ours.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY}
+        assert list(positional.items()) == [(n, p.default) for n, p in theirs.items()], name
+        assert [n for n in ours if n not in positional] == ["backend"], name

@@ -1,0 +1,79 @@
+"""Where values live on an accelerator, nothing may wait for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import oracle
+import pytest
+import torch
+from cases import NORM_TYPES, Target, clones, grads_of
+from oracle import parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero", "aten::nonzero")
+
+
+class NoReads(TorchDispatchMode):
+    """Raises when an operation hands a value of a tensor to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func._schema.name in READS:
+            raise AssertionError(f"{func} reads a value: on an accelerator the host would wait here")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_sync(backend: Target) -> Iterator[None]:
+    """Fail when the host waits for a value: CUDA can tell, and for the blind CPU every read is one."""
+    if backend.sees_values:
+        pytest.skip("on the CPU the host may look at values; the blind way and CUDA are held to this")
+    if backend.device == "cpu":
+        with NoReads():
+            yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def mixed(backend: Target) -> list[torch.Tensor]:
+    params = backend.parameters((7, 5), (), (0,), (300,))
+    params += backend.parameters((4, 4), dtype=torch.bfloat16)
+    params += backend.parameters((3,), dtype=torch.complex64)
+    params.append(parameter(backend.random(8, 6)[::2, 1::2]))
+    return params
+
+
+def test_clipping_by_norm(backend: Target) -> None:
+    for norm_type in NORM_TYPES:
+        for max_norm in (0.1, 1e6, math.inf):
+            params = mixed(backend)
+            before = clones(grads_of(params))
+            with no_sync(backend):
+                norm = backend.clip_grad_norm_(params, max_norm, norm_type)
+            oracle.assert_norm(norm, before, norm_type)
+            oracle.assert_scaled(grads_of(params), before, norm, max_norm)
+
+
+def test_everything_else(backend: Target) -> None:
+    params = [p for p in mixed(backend) if not p.is_complex()]
+    norm = torch.tensor(5.0).to(backend.device)
+    with no_sync(backend):
+        backend.get_total_norm(grads_of(params))
+        backend.clip_grads_with_norm_(params, 1.0, norm)
+        backend.clip_grad_value_(params, 0.1)
+        backend.clamp_grad_(params, -0.05, 0.02)
+        backend.clip_grad_norm_([*params, params[0]], 1.0)  # duplicates and overlap too
+        backend.clip_grad_norm_([*params, parameter(params[0].grad[1:4])], 1.0)
+
+
+def test_error_if_nonfinite_is_the_one_exception(backend: Target) -> None:
+    params = mixed(backend)
+    with pytest.raises((AssertionError, RuntimeError)), no_sync(backend):
+        backend.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)

@@ -1,0 +1,168 @@
+"""patch_torch and unpatch_torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import oracle
+import pytest
+import torch
+import torch.nn.utils.clip_grad
+from cases import clones, grads_of, parameters, random
+from oracle import parameter
+
+import gradclip_ext
+from gradclip_ext import patch_torch, unpatch_torch
+
+NAMES = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")
+PLACES = [
+    (module, name)
+    for module in (torch.nn.utils, torch.nn.utils.clip_grad)
+    for name in NAMES
+    if hasattr(module, name)
+]
+ORIGINALS = [getattr(module, name) for module, name in PLACES]
+
+
+def patched() -> bool:
+    """Tell whether all places hold our functions; anything in between fails."""
+    here = [getattr(module, name) for module, name in PLACES]
+    ours = [getattr(gradclip_ext, name) for _, name in PLACES]
+    assert here in (ours, ORIGINALS)
+    return here == ours
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    assert not patched()
+    yield
+    unpatch_torch()
+    assert not patched()
+
+
+def test_there_is_something_to_patch() -> None:
+    assert len(PLACES) == 6, PLACES
+
+
+def test_patch_and_unpatch() -> None:
+    patch_torch()
+    assert patched()
+    unpatch_torch()
+    assert not patched()
+
+
+def test_idempotent_and_not_counted() -> None:
+    for _ in range(3):
+        patch_torch()
+        assert patched()
+    unpatch_torch()
+    assert not patched()
+    unpatch_torch()
+    assert not patched()
+
+
+def test_with() -> None:
+    with patch_torch():
+        assert patched()
+    assert not patched()
+
+
+def test_nested_with_restores_what_was_there() -> None:
+    with patch_torch():
+        with patch_torch():
+            assert patched()
+        assert patched()
+    assert not patched()
+
+
+def test_with_inside_a_lasting_patch() -> None:
+    patch_torch()
+    with patch_torch():
+        assert patched()
+    assert patched()
+
+
+def test_unpatch_inside_with() -> None:
+    with patch_torch():
+        unpatch_torch()
+        assert not patched()
+        with patch_torch():
+            assert patched()
+        assert not patched()
+    assert not patched()
+
+
+def test_with_on_one_object_twice() -> None:
+    patch = patch_torch()
+    with patch:
+        with patch:
+            assert patched()
+        assert patched()
+    assert not patched()
+    with patch:
+        assert patched()
+    assert not patched()
+
+
+def test_entered_later_restores_what_was_there_on_entry() -> None:
+    patch = patch_torch()
+    unpatch_torch()
+    with patch:
+        assert patched()
+    assert not patched()
+
+
+def test_exception_leaves_with() -> None:
+    with pytest.raises(KeyError), patch_torch():
+        raise KeyError
+    assert not patched()
+
+
+def test_someone_elses_replacement_survives_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*args: object) -> None: ...
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", other)
+    with patch_torch():
+        assert torch.nn.utils.clip_grad_value_ is gradclip_ext.clip_grad_value_
+    assert torch.nn.utils.clip_grad_value_ is other
+    monkeypatch.undo()
+
+
+def test_reaches_code_that_looks_up_at_call_time() -> None:
+    """bfloat16 tells whose function ran: torch returns its norm in bfloat16, ours in float32."""
+    for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+        for patch, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+            if patch:
+                patch_torch()
+            params = parameters((30,), (4,), dtype=torch.bfloat16)
+            before = clones(grads_of(params))
+            norm = module.clip_grad_norm_(
+                params, max_norm=0.5, norm_type=2.0, error_if_nonfinite=True, foreach=True
+            )
+            assert norm.dtype == dtype
+            if patch:
+                oracle.assert_norm(norm, before, 2.0)
+                oracle.assert_scaled(grads_of(params), before, norm, 0.5)
+        unpatch_torch()
+
+
+@pytest.mark.filterwarnings("ignore:.*clip_grad_norm.*deprecated:FutureWarning")
+def test_deprecated_alias_reaches_us_too() -> None:
+    param = parameter(random(5, dtype=torch.bfloat16))
+    with patch_torch():
+        assert torch.nn.utils.clip_grad_norm(param, 0.5).dtype == torch.float32
+
+
+def test_whole_api_while_patched() -> None:
+    """Ours must not look torch's functions up again: a dispatch subclass would recurse."""
+    with patch_torch():
+        params = parameters((3,), (4,))
+        norm = torch.nn.utils.get_total_norm(grads_of(params))
+        torch.nn.utils.clip_grads_with_norm_(params, 0.5, norm)
+        torch.nn.utils.clip_grad_value_(params, 0.1)
+        assert max(g.abs().max() for g in grads_of(params)) <= 0.1 + 1e-7
+        with torch._subclasses.FakeTensorMode():
+            fake = torch.nn.Parameter(torch.ones(3))
+            fake.grad = torch.ones(3)
+            assert torch.nn.utils.clip_grad_norm_(fake, 1.0).shape == ()
+            torch.nn.utils.clip_grad_value_(fake, 1.0)

@@ -1,0 +1,212 @@
+"""Tensor subclasses: those that dispatch go whole to torch's functions, the others are plain tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from cases import SEED, Target, clones, grads_of, random
+from oracle import parameter
+from subprocesses import PACKAGE_ROOT, TESTS
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+import gradclip_ext
+from gradclip_ext import checks
+
+# ---------------------------------------------------------------- FakeTensor
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        model(torch.randn(4, 3)).sum().backward()
+        params = list(model.parameters())
+        assert all(isinstance(g, FakeTensor) for g in grads_of(params))
+        for norm_type in (0.0, 0.5, 1.0, 2.0, math.inf):
+            norm = gradclip_ext.clip_grad_norm_(params, 1.0, norm_type)
+            assert isinstance(norm, FakeTensor) and norm.shape == ()
+            total = gradclip_ext.get_total_norm(grads_of(params), norm_type)
+            assert isinstance(total, FakeTensor) and total.shape == ()
+        gradclip_ext.clip_grads_with_norm_(params, 1.0, norm)
+        gradclip_ext.clip_grad_value_(params, 0.1)
+        gradclip_ext.clamp_grad_(params, -0.1, None)
+        with gradclip_ext.register_clamp_hook(model, -0.1, 0.1):
+            model(torch.randn(4, 3)).sum().backward()
+
+
+def test_fake_tensors_with_a_bad_threshold() -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        with pytest.raises(ValueError):
+            gradclip_ext.clip_grad_norm_(param, -1.0)
+
+
+# ---------------------------------------------------------------- a wrapper with __torch_dispatch__
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own: data_ptr() is 0 for all of them, as with DTensor."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = pytree.tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
+        result = func(*plain[0], **plain[1])
+        if func._schema.is_mutable:
+            return args[0] if func._schema.returns else None
+        return pytree.tree_map_only(Tensor, Wrapped, result)
+
+
+def wrapped(inner: Tensor) -> torch.nn.Parameter:
+    param = torch.nn.Parameter(Wrapped(torch.empty_like(inner)))
+    param.grad = Wrapped(inner)
+    return param
+
+
+def test_dispatch_subclass_goes_whole_to_torch() -> None:
+    """Beside a plain gradient too, and never by pointer: three wrappers are not three duplicates."""
+    sources = [random(3), random(3), random(2, 2)]
+    calls = {
+        "clip_grad_norm_": (gradclip_ext.clip_grad_norm_, torch.nn.utils.clip_grad_norm_, (0.5,)),
+        "p = inf": (gradclip_ext.clip_grad_norm_, torch.nn.utils.clip_grad_norm_, (0.5, math.inf)),
+        "value": (gradclip_ext.clip_grad_value_, torch.nn.utils.clip_grad_value_, (0.1,)),
+        "with norm": (
+            gradclip_ext.clip_grads_with_norm_,
+            torch.nn.utils.clip_grads_with_norm_,
+            (0.5, torch.tensor(4.0)),
+        ),
+    }
+    for name, (ours, theirs, args) in calls.items():
+        lists = []
+        for function in (ours, theirs):
+            inner = clones(sources)
+            result = function([wrapped(inner[0]), parameter(inner[1]), wrapped(inner[2])], *args)
+            lists.append([*inner, *([result.inner] if isinstance(result, Wrapped) else [])])
+        assert len(lists[0]) == len(lists[1]), name
+        for one, other in zip(*lists):
+            oracle.assert_same_bits(one, other, name)
+        assert not torch.equal(lists[0][0], sources[0]), f"{name} did nothing"
+
+
+def test_clamp_of_a_dispatch_subclass() -> None:
+    """torch has no such function; bounds are coerced here as everywhere."""
+    for low, high in ((-0.1, 0.2), ("-0.1", torch.tensor(0.2)), (None, 0.2)):
+        inner = random(5)
+        expected = inner.clamp(None if low is None else -0.1, 0.2)
+        gradclip_ext.clamp_grad_([wrapped(inner)], low, high)
+        oracle.assert_same_bits(inner, expected)
+
+
+def test_norm_of_dispatch_subclasses() -> None:
+    tensors = [random(3), random(3), random(3)]
+    norm = gradclip_ext.get_total_norm([Wrapped(t) for t in tensors])
+    torch.testing.assert_close(norm.inner, torch.cat(tensors).norm())
+
+
+def test_wrapped_total_norm() -> None:
+    (param,) = (parameter(random(3)),)
+    expected = param.grad / 4
+    gradclip_ext.clip_grads_with_norm_(param, 1.0, Wrapped(torch.tensor(4.0)))
+    grad = param.grad.inner if isinstance(param.grad, Wrapped) else param.grad
+    torch.testing.assert_close(grad, expected)
+
+
+# ---------------------------------------------------------------- only __torch_function__
+
+
+class Tagged(Tensor):
+    """Changes nothing but its type; it has memory like any tensor."""
+
+
+class Refusing(Tensor):
+    """Would notice if a fused path ran torch operations on the subclass itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in (
+            "_foreach_mul_",
+            "_foreach_norm",
+            "vector_norm",
+            "linalg_vector_norm",
+        ):
+            raise AssertionError(f"{func} reached a subclass")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [Tagged, Refusing])
+def test_function_subclass_is_treated_as_plain(backend: Target, kind: type) -> None:
+    assert not checks.has_dispatch_subclass([random(2).as_subclass(kind)])
+    for name, call in backend.calls().items():
+        plain = backend.parameters((4,), (3, 2))
+        tagged = [parameter(g) for g in clones(grads_of(plain))]
+        for param in tagged:
+            param.grad = param.grad.as_subclass(kind)
+        grads, versions = grads_of(tagged), [p.grad._version for p in tagged]
+        results = call(tagged), call(plain)
+        assert all(p.grad is g and type(p.grad) is kind for p, g in zip(tagged, grads)), name
+        assert all(g._version > old for g, old in zip(grads, versions)), name
+        for one, other in zip([*grads, *results], [*grads_of(plain), *results[::-1]]):
+            if one is not None:
+                oracle.assert_same_bits(one.as_subclass(Tensor), other.as_subclass(Tensor), name)
+
+
+def test_function_subclass_in_get_total_norm(backend: Target) -> None:
+    tensors = [backend.random(4), backend.random(3, 2)]
+    norm = backend.get_total_norm([tensors[0].as_subclass(Refusing), tensors[1]])
+    oracle.assert_norm(norm.as_subclass(Tensor), tensors, 2.0)
+
+
+# ---------------------------------------------------------------- DTensor
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch was built without torch.distributed or without gloo",
+)
+def test_dtensors_on_two_ranks(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")))
+    )
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(TESTS / "dtensor_worker.py"),
+                str(r),
+                "2",
+                str(tmp_path / "init"),
+                str(SEED % 10**6),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for r in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs):
+        assert rank.returncode == 0, "\n".join(outputs)
+        assert output.count("ok ") == 5, output
