@@ -81,8 +81,7 @@ def as_list(name: str, tensors: Any) -> list[Any]:
     if not result and isinstance(tensors, types.GeneratorType):
         warnings.warn(
             f"`{name}` is an empty generator, no gradient clipping will occur.",
-            # as_list, the public function, torch.no_grad's wrapper, the caller
-            stacklevel=4,
+            stacklevel=3,  # as_list, the public function, the caller
         )
     return result
 

@@ -22,7 +22,6 @@ Tensors = Tensor | Iterable[Tensor]
 Serving = dict[torch.device, Backend]
 
 
-@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -89,23 +88,30 @@ def clip_grad_norm_(
     listed = checks.as_list("parameters", parameters)
     max_norm = checks.as_threshold("max_norm", max_norm)
     norm_type = checks.as_float("norm_type", norm_type)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, _devices(grads))
-    if not grads:
-        return torch.tensor(0.0)
-    if checks.has_dispatch_subclass(grads):
-        return _torch_clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
-    checks.readable(grads)
-    checks.writable(grads)
-    plain = checks.unique(checks.as_plain(grads))
-    norm = _total_norm(serving, plain, norm_type)
-    if error_if_nonfinite:
-        _raise_if_nonfinite(norm, norm_type, listed, grads)
-    _scale_(serving, plain, max_norm, norm)
-    return norm
+    core = backends.fused(backend, foreach)
+    if core is not None:
+        norm = core.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
+        if norm is not None:
+            if error_if_nonfinite:  # nothing was scaled if it is not
+                _raise_if_nonfinite(norm, norm_type, listed, checks.gradients(listed))
+            return norm
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, foreach, _devices(grads))
+        if not grads:
+            return torch.tensor(0.0)
+        if checks.has_dispatch_subclass(grads):
+            return _torch_clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
+        checks.readable(grads)
+        checks.writable(grads)
+        plain = checks.unique(checks.as_plain(grads))
+        norm = _total_norm(serving, plain, norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(norm, norm_type, listed, grads)
+        _scale_(serving, plain, max_norm, norm)
+        return norm
 
 
-@torch.no_grad()
 def get_total_norm(
     tensors: Tensors,
     norm_type: float = 2.0,
@@ -126,20 +132,27 @@ def get_total_norm(
     """
     listed = checks.as_list("tensors", tensors)
     norm_type = checks.as_float("norm_type", norm_type)
-    given = checks.all_tensors("tensors", listed)
-    serving = backends.choose(backend, foreach, _devices(given))
-    if not given:
-        return torch.tensor(0.0)
-    if checks.has_dispatch_subclass(given):
-        return _torch_get_total_norm(given, norm_type, error_if_nonfinite, foreach)
-    checks.readable(given)
-    norm = _total_norm(serving, checks.unique(checks.as_plain(given)), norm_type)
-    if error_if_nonfinite:
-        _raise_if_nonfinite(norm, norm_type, listed, given)
-    return norm
+    core = backends.fused(backend, foreach)
+    if core is not None:
+        norm = core.get_total_norm(listed, norm_type)
+        if norm is not None:
+            if error_if_nonfinite:
+                _raise_if_nonfinite(norm, norm_type, listed, listed)
+            return norm
+    with torch.no_grad():
+        given = checks.all_tensors("tensors", listed)
+        serving = backends.choose(backend, foreach, _devices(given))
+        if not given:
+            return torch.tensor(0.0)
+        if checks.has_dispatch_subclass(given):
+            return _torch_get_total_norm(given, norm_type, error_if_nonfinite, foreach)
+        checks.readable(given)
+        norm = _total_norm(serving, checks.unique(checks.as_plain(given)), norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(norm, norm_type, listed, given)
+        return norm
 
 
-@torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -178,22 +191,25 @@ def clip_grads_with_norm_(
     listed = checks.as_list("parameters", parameters)
     max_norm = checks.as_threshold("max_norm", max_norm)
     checks.total_norm(total_norm)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, _devices(grads))
-    if not grads:
+    core = backends.fused(backend, foreach)
+    if core is not None and core.clip_grads_with_norm_(listed, max_norm, total_norm):
         return
-    if checks.has_dispatch_subclass([*grads, total_norm]):
-        _torch_clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
-        return
-    checks.readable(grads)
-    checks.writable(grads)
-    (norm,) = checks.as_plain([total_norm])
-    if norm.dtype.itemsize < 4:
-        norm = norm.float()
-    _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, foreach, _devices(grads))
+        if not grads:
+            return
+        if checks.has_dispatch_subclass([*grads, total_norm]):
+            _torch_clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
+            return
+        checks.readable(grads)
+        checks.writable(grads)
+        (norm,) = checks.as_plain([total_norm])
+        if norm.dtype.itemsize < 4:
+            norm = norm.float()
+        _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
 
 
-@torch.no_grad()
 def clip_grad_value_(
     parameters: Tensors,
     clip_value: float,
@@ -230,15 +246,18 @@ def clip_grad_value_(
     """
     listed = checks.as_list("parameters", parameters)
     clip_value = checks.as_threshold("clip_value", clip_value)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, _devices(grads))
-    if checks.has_dispatch_subclass(grads):
-        _torch_clip_grad_value_(listed, clip_value, foreach)
+    core = backends.fused(backend, foreach)
+    if core is not None and core.clamp_grad_(listed, -clip_value, clip_value):
         return
-    _clamp_(serving, grads, -clip_value, clip_value)
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, foreach, _devices(grads))
+        if checks.has_dispatch_subclass(grads):
+            _torch_clip_grad_value_(listed, clip_value, foreach)
+            return
+        _clamp_(serving, grads, -clip_value, clip_value)
 
 
-@torch.no_grad()
 def clamp_grad_(
     parameters: Tensors,
     min: float | None = None,
@@ -274,13 +293,17 @@ def clamp_grad_(
     """
     listed = checks.as_list("parameters", parameters)
     low, high = checks.as_bounds(min, max)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, None, _devices(grads))
-    if checks.has_dispatch_subclass(grads):
-        for grad in grads:
-            grad.clamp_(min, max)
+    core = backends.fused(backend, None)
+    if core is not None and core.clamp_grad_(listed, low, high):
         return
-    _clamp_(serving, grads, low, high)
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, None, _devices(grads))
+        if checks.has_dispatch_subclass(grads):
+            for grad in grads:
+                grad.clamp_(min, max)
+            return
+        _clamp_(serving, grads, low, high)
 
 
 def _total_norm(serving: Serving, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

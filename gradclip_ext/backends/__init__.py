@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gradclip_ext import _core
+from gradclip_ext.backends.cpu import CpuBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 
 
@@ -37,10 +40,22 @@ class Backend(Protocol):
 
 
 # In order of preference: without a name, a device is served by the first one that is usable for it.
-ALL: dict[str, Backend] = {"foreach": ForeachBackend()}
+ALL: dict[str, Backend] = {"cpu": CpuBackend(), "foreach": ForeachBackend()}
 _LOOP = ForeachBackend(batched=False)
 
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
+
+
+def fused(name: str | None, foreach: bool | None) -> ModuleType | None:
+    """Return the compiled module if a call with these arguments may be handed to it whole.
+
+    It checks every gradient itself and either serves the call or leaves everything as it was;
+    then, and where this returns None, the general path goes by :func:`choose`.
+    """
+    if torch.compiler.is_compiling() or foreach is False:
+        return None
+    asked = name or os.environ.get(ENVIRONMENT_VARIABLE)
+    return _core.C if not asked or asked == "cpu" else None
 
 
 def choose(
@@ -78,6 +93,8 @@ def choose(
             )
         if foreach is False:
             serving[device] = _LOOP
+        elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
+            serving[device] = ALL["foreach"]
         elif asked is None:
             serving[device] = next(b for b in ALL.values() if b.unusable(device.type) is None)
         else:
