@@ -44,15 +44,15 @@ bool operations_are_followed() {
 
 /// Tells whether a tensor is CPU memory and nothing else. Whatever else a tensor can be (sparse, a
 /// lazy conjugate, a Python subclass, wrapped by functorch, on another device) adds a key.
-bool is_plain(const at::TensorBase& tensor) {
+bool is_plain(const c10::TensorImpl& tensor) {
   constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                        c10::DispatchKey::AutocastCPU,
                                        c10::DispatchKey::ADInplaceOrView});
   return within(tensor.key_set(), plain);
 }
 
-std::optional<DType> kernel_dtype(at::ScalarType type) {
-  switch (type) {
+std::optional<DType> kernel_dtype(const c10::TensorImpl& tensor) {
+  switch (c10::typeMetaToScalarType(tensor.dtype())) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kDouble:
@@ -69,70 +69,96 @@ std::optional<DType> kernel_dtype(at::ScalarType type) {
 enum class Access { kRead, kWrite };
 enum class Source { kTensors, kParameters };
 
-/// The gradients of one call. They stay referenced, so that their memory outlives the call even if
-/// another thread drops them while the GIL is released.
+using Tensors = std::vector<c10::TensorImpl*>;
+
+/// The tensors of a Python list, or the gradients of its parameters that have one; nothing if an
+/// element is not exactly a Tensor or Parameter. Runs no Python code, so nothing changes meanwhile.
+std::optional<Tensors> unpack(const py::list& listed, Source source) {
+  if (operations_are_followed()) return std::nullopt;
+  const Py_ssize_t count = PyList_GET_SIZE(listed.ptr());
+  Tensors tensors;
+  tensors.reserve(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* object = PyList_GET_ITEM(listed.ptr(), i);
+    if (!THPVariable_CheckExact(object)) return std::nullopt;
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    if (source == Source::kParameters) {
+      const at::Tensor& grad = impl->grad();
+      if (!grad.defined()) {
+        if (tensor.is_leaf()) continue;
+        return std::nullopt;  // reading the .grad of any other warns
+      }
+      impl = grad.unsafeGetTensorImpl();
+    }
+    tensors.push_back(impl);
+  }
+  return tensors;
+}
+
+/// The gradients of one call. Their parameters own them, which is enough while the GIL is held.
 struct Gradients {
   gradclip::GradList list{cpu::kChunkBytes};
-  std::vector<at::Tensor> tensors;
+  Tensors tensors;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> held;
 
   /// Adds a tensor, or tells that the kernels do not take it.
-  bool add(const at::Tensor& tensor, Access access) {
-    const std::optional<DType> dtype = kernel_dtype(tensor.scalar_type());
-    if (!dtype || !is_plain(tensor) || !tensor.is_non_overlapping_and_dense()) return false;
+  bool add(c10::TensorImpl* tensor, Access access) {
+    const std::optional<DType> dtype = kernel_dtype(*tensor);
+    if (!dtype || !is_plain(*tensor) || !tensor->is_non_overlapping_and_dense()) return false;
     const bool write = access == Access::kWrite;
-    if (write && tensor.is_inference()) return false;
-    void* data = write ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-    const int64_t numel = tensor.numel();
+    if (write && tensor->is_inference()) return false;
+    void* data = write ? tensor->mutable_data() : const_cast<void*>(tensor->data());
+    const int64_t numel = tensor->numel();
     if (numel != 0 && data == nullptr) return false;
     list.add(data, numel, *dtype);
     tensors.push_back(tensor);
     return true;
   }
 
+  void reserve(size_t count) {
+    list.reserve(static_cast<int64_t>(count));
+    tensors.reserve(count);
+  }
+
   /// As torch's in-place operations do: a backward that saved a gradient relies on it.
   void bump_versions() const {
-    for (const at::Tensor& tensor : tensors) tensor.unsafeGetTensorImpl()->bump_version();
+    for (c10::TensorImpl* tensor : tensors) tensor->bump_version();
   }
 
   bool has_float64() const { return list.holds(DType::kFloat64); }
 };
 
-/// Adds the tensors of a list, or the gradients of its parameters that have one, to `taken` and
-/// returns the indices of those that the kernels do not take. Stops at the first of them if
-/// `all_or_none`. Runs no Python code, so the list cannot change meanwhile.
-std::vector<int64_t> take(Gradients& taken, const py::list& listed, Source source, Access access,
-                          bool all_or_none) {
-  std::vector<int64_t> left;
-  const bool followed = operations_are_followed();
-  const auto count = static_cast<int64_t>(PyList_GET_SIZE(listed.ptr()));
-  taken.list.reserve(count);
-  taken.tensors.reserve(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count && !(all_or_none && !left.empty()); ++i) {
-    PyObject* object = PyList_GET_ITEM(listed.ptr(), i);
-    bool fits = !followed && THPVariable_CheckExact(object);
-    if (fits) {
-      const at::Tensor& tensor = THPVariable_Unpack(object);
-      if (source == Source::kTensors) {
-        fits = taken.add(tensor, access);
-      } else if (const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad(); grad.defined()) {
-        fits = taken.add(grad, access);
-      } else {
-        fits = tensor.is_leaf();  // reading .grad of any other warns
-      }
-    }
-    if (!fits) left.push_back(i);
-  }
-  return left;
-}
-
 /// All gradients of a list, or nothing if the kernels do not take one of them or if two share
 /// memory: gradients listed twice count once, which the general path sees to.
 std::optional<Gradients> take_all(const py::list& listed, Source source, Access access) {
+  const std::optional<Tensors> tensors = unpack(listed, source);
+  if (!tensors) return std::nullopt;
   std::optional<Gradients> taken(std::in_place);
-  if (!take(*taken, listed, source, access, true).empty()) return std::nullopt;
+  taken->reserve(tensors->size());
+  for (c10::TensorImpl* tensor : *tensors) {
+    if (!taken->add(tensor, access)) return std::nullopt;
+  }
   if (aliasing(taken->list) != gradclip::Aliasing::kNone) return std::nullopt;
   return taken;
 }
+
+/// Lets other Python threads run, for lists that take a while. They may drop their gradients, so
+/// from here on these are referenced; two atomic operations each, as long as a small tensor takes.
+class ReleaseGil {
+ public:
+  explicit ReleaseGil(Gradients& gradients) {
+    if (gradients.list.bytes() <= cpu::kSerialBytes) return;
+    gradients.held.reserve(gradients.tensors.size());
+    for (c10::TensorImpl* tensor : gradients.tensors) {
+      gradients.held.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+    }
+    released_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> released_;
+};
 
 // ---------------------------------------------------------------- threads and numbers
 
@@ -198,13 +224,13 @@ bool is_representable(const Gradients& gradients, double bound) {
 py::object clip_grad_norm_(const py::list& parameters, double max_norm, double norm_type,
                            bool error_if_nonfinite) {
   if (!has_kernel(norm_type)) return py::none();
-  const auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
+  auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
   if (!gradients) return py::none();
   const bool float64 = gradients->has_float64();
   double norm;
   bool refused;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release(*gradients);
     norm = cpu::norm(gradients->list, norm_type, torch_threads());
     refused = error_if_nonfinite && !std::isfinite(float64 ? norm : static_cast<float>(norm));
     if (!refused) scale(*gradients, clip_coef(norm, float64, max_norm));
@@ -216,11 +242,11 @@ py::object clip_grad_norm_(const py::list& parameters, double max_norm, double n
 /// Returns the norm, or None if the call was not for the kernels.
 py::object get_total_norm(const py::list& tensors, double norm_type) {
   if (!has_kernel(norm_type)) return py::none();
-  const auto taken = take_all(tensors, Source::kTensors, Access::kRead);
+  auto taken = take_all(tensors, Source::kTensors, Access::kRead);
   if (!taken) return py::none();
   double norm;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release(*taken);
     norm = cpu::norm(taken->list, norm_type, torch_threads());
   }
   return scalar_tensor(norm, taken->has_float64());
@@ -230,14 +256,14 @@ py::object get_total_norm(const py::list& tensors, double norm_type) {
 bool clip_grads_with_norm_(const py::list& parameters, double max_norm, const py::object& norm) {
   if (!THPVariable_CheckExact(norm.ptr())) return false;
   const at::Tensor& total_norm = THPVariable_Unpack(norm.ptr());
-  if (!is_plain(total_norm) || total_norm.dim() != 0) return false;
-  if (!kernel_dtype(total_norm.scalar_type())) return false;
-  const auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
+  const c10::TensorImpl& impl = *total_norm.unsafeGetTensorImpl();
+  if (!is_plain(impl) || !kernel_dtype(impl) || total_norm.dim() != 0) return false;
+  auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
   if (!gradients) return false;
   const bool float64 = total_norm.scalar_type() == at::kDouble;
   const double coef = clip_coef(total_norm.item<double>(), float64, max_norm);
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release(*gradients);
     scale(*gradients, coef);
   }
   gradients->bump_versions();
@@ -246,12 +272,12 @@ bool clip_grads_with_norm_(const py::list& parameters, double max_norm, const py
 
 /// Returns whether the call was for the kernels.
 bool clamp_grad_(const py::list& parameters, double min, double max) {
-  const auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
+  auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
   if (!gradients || !is_representable(*gradients, min) || !is_representable(*gradients, max)) {
     return false;
   }
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release(*gradients);
     cpu::clamp(gradients->list, min, max, torch_threads());
   }
   gradients->bump_versions();
@@ -260,31 +286,41 @@ bool clamp_grad_(const py::list& parameters, double min, double max) {
 
 // ---------------------------------------------------------------- verbs, in parts
 
+/// Adds the tensors of a list to `taken` and returns the indices of those that stay behind.
+std::vector<int64_t> take_some(const py::list& listed, Access access, Gradients& taken) {
+  const std::optional<Tensors> tensors = unpack(listed, Source::kTensors);
+  std::vector<int64_t> left;
+  for (int64_t i = 0; i < static_cast<int64_t>(listed.size()); ++i) {
+    if (!tensors || !taken.add((*tensors)[static_cast<size_t>(i)], access)) left.push_back(i);
+  }
+  return left;
+}
+
 /// Returns the float64 norm of the tensors that the kernels take, and the indices of the others.
 py::tuple norm(const py::list& tensors, double norm_type) {
   Gradients taken;
-  const auto left = take(taken, tensors, Source::kTensors, Access::kRead, false);
+  const auto left = take_some(tensors, Access::kRead, taken);
   double norm;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release(taken);
     norm = cpu::norm(taken.list, norm_type, torch_threads());
   }
   return py::make_tuple(scalar_tensor(norm, true), left);
 }
 
-/// Applies `verb` to the tensors that the kernels take; returns the indices of the others, which
-/// are all of them if some share memory, where order matters.
+/// Applies `verb` to the tensors that the kernels take and returns the indices of the others. Where
+/// tensors share memory their order counts, and all stay behind.
 template <typename Verb>
 std::vector<int64_t> update(const py::list& tensors, const Verb& verb) {
   Gradients taken;
-  auto left = take(taken, tensors, Source::kTensors, Access::kWrite, false);
+  auto left = take_some(tensors, Access::kWrite, taken);
   if (aliasing(taken.list) != gradclip::Aliasing::kNone) {
     left.resize(tensors.size());
     std::iota(left.begin(), left.end(), 0);
     return left;
   }
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release(taken);
     verb(taken);
   }
   taken.bump_versions();

@@ -27,8 +27,12 @@ namespace gradclip {
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDTypes = 4;
 
+/// log2 of an element's size: sizes divide by shifting.
+GRADCLIP_HOST_DEVICE constexpr int item_shift(DType dtype) {
+  return dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
+}
 GRADCLIP_HOST_DEVICE constexpr int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return int64_t{1} << item_shift(dtype);
 }
 
 /// One gradient: `numel` elements in adjacent memory, in whatever order its strides give them.
@@ -49,12 +53,13 @@ struct Chunk {
 
 /// How many elements a full chunk has: `chunk_bytes`, a multiple of 8, is what it reads.
 GRADCLIP_HOST_DEVICE constexpr int64_t chunk_numel(DType dtype, int64_t chunk_bytes) {
-  return chunk_bytes / item_size(dtype);
+  return chunk_bytes >> item_shift(dtype);
 }
 
 /// How many chunks a tensor has; an empty one has none.
 GRADCLIP_HOST_DEVICE constexpr int64_t chunk_count(int64_t numel, int64_t chunk_numel) {
-  return numel / chunk_numel + (numel % chunk_numel != 0);
+  if (numel <= chunk_numel) return numel != 0;  // most tensors of a model, without a division
+  return (numel - 1) / chunk_numel + 1;
 }
 
 /// The tensor that holds a chunk: the only t with prefix[t] <= chunk < prefix[t + 1], found in

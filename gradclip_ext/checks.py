@@ -68,6 +68,8 @@ def as_bounds(min: Any, max: Any) -> tuple[float, float]:
 
 def as_list(name: str, tensors: Any) -> list[Any]:
     """Return the iterable (or single tensor) as a list; an empty generator warns, as torch does."""
+    if type(tensors) is list:  # the usual case; a copy would touch every tensor
+        return tensors
     if isinstance(tensors, Tensor):
         return [tensors]
     if isinstance(tensors, torch.nn.Module):

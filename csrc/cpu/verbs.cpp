@@ -10,7 +10,7 @@ namespace gradclip::cpu {
 
 namespace {
 
-// A thread is worth waking for this much memory, which takes 10 us to read.
+// Beyond that, a thread is worth having for this much memory.
 constexpr int64_t kBytesPerThread = 256 << 10;
 // Threads take chunks in runs, 1 MiB at most, for one atomic addition each.
 constexpr int64_t kMostChunksPerRun = 16;
@@ -33,8 +33,11 @@ template <typename Body>
 void for_each_chunk(const GradList& list, Order order, const Threads& threads, const Body& body) {
   const int64_t chunks = list.chunks();
   if (chunks == 0) return;
-  const int64_t workers = std::min({threads.most, chunks, list.bytes() / kBytesPerThread + 1});
-  const int64_t run = std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
+  const int64_t workers = list.bytes() <= kSerialBytes
+                              ? 1
+                              : std::min({threads.most, chunks, list.bytes() / kBytesPerThread});
+  const int64_t run =
+      workers == 1 ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
 
   std::atomic<int64_t> next{0};
   auto work = [&] {

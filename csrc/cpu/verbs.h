@@ -14,6 +14,10 @@ namespace gradclip::cpu {
 // takes to start one.
 constexpr int64_t kChunkBytes = 64 << 10;
 
+// Lists up to this size stay on the calling thread: 50 us of work, where waking another thread
+// takes 5 us, or milliseconds when every core is busy.
+constexpr int64_t kSerialBytes = 1 << 20;
+
 /// How a verb gets its threads. The bindings build this on torch's thread pool.
 struct Threads {
   /// Most threads that may run at once.
