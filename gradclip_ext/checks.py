@@ -37,7 +37,7 @@ def as_float(name: str, value: Any) -> float:
     """Return ``float(value)``; whatever float() refuses is named in the error."""
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
             f"{name} must be a number (int, float, numeric string or one-element tensor), "
@@ -68,11 +68,11 @@ def as_bounds(min: Any, max: Any) -> tuple[float, float]:
 
 def as_list(name: str, tensors: Any) -> list[Any]:
     """Return the iterable (or single tensor) as a list; an empty generator warns, as torch does."""
-    if type(tensors) is list:  # the usual case; a copy would touch every tensor
+    if type(tensors) is list:  # the usual case, and a copy would touch every tensor
         return tensors
     if isinstance(tensors, Tensor):
         return [tensors]
-    if isinstance(tensors, torch.nn.Module):
+    if isinstance(tensors, torch.nn.Module) and not isinstance(tensors, torch.nn.ParameterList):
         raise TypeError(
             f"{name} must be a Tensor or an iterable of Tensors, got the module "
             f"{type(tensors).__name__}: pass module.parameters()"
@@ -172,7 +172,14 @@ def _any_lazy(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> bool:
 
 
 def writable(tensors: Sequence[Tensor]) -> None:
-    """Raise if an in-place write would hit one memory location more than once."""
+    """Raise unless every tensor may be written in place, each memory location once."""
+    tracing = torch.compiler.is_compiling()
+    if not tracing and not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        index = next(i for i, t in enumerate(tensors) if t.is_inference())
+        raise RuntimeError(
+            f"gradient {index} (shape {tuple(tensors[index].shape)}) is an inference tensor, which cannot "
+            "be changed outside of inference mode: clone() it first, or clip inside the mode"
+        )
     for index, tensor in enumerate(tensors):
         if tensor.is_contiguous():
             continue
@@ -222,14 +229,15 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
 # ---------------------------------------------------------------- messages
 
 
-def nonfinite_message(norm_type: float, parameters: Sequence[Any], grads: Sequence[Tensor]) -> str:
+def nonfinite_message(norm_type: float, tensors: Sequence[Tensor | None]) -> str:
     """Return torch's sentence about a non-finite norm plus where the first bad value is."""
-    first = next((g for g in grads if not _all_finite(g)), None)
-    if first is None:
-        culprit = "Every gradient is finite: the norm itself is beyond the largest float."
-    else:
-        index = next(i for i, p in enumerate(parameters) if p is first or p.grad is first)
-        culprit = f"The first non-finite value is in tensor {index} of the list, shape {tuple(first.shape)}."
+    culprit = "Every gradient is finite: the norm itself is beyond the largest float."
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and not _all_finite(tensor):
+            culprit = (
+                f"The first non-finite value is in tensor {index} of the list, shape {tuple(tensor.shape)}."
+            )
+            break
     return (
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
         "so it cannot be clipped. To disable this error and scale the gradients by the "

@@ -92,8 +92,8 @@ def clip_grad_norm_(
     if core is not None:
         norm = core.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
         if norm is not None:
-            if error_if_nonfinite:  # nothing was scaled if it is not
-                _raise_if_nonfinite(norm, norm_type, listed, checks.gradients(listed))
+            if error_if_nonfinite:  # if it is not finite, nothing has changed
+                _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
             return norm
     with torch.no_grad():
         grads = checks.gradients(listed)
@@ -107,7 +107,7 @@ def clip_grad_norm_(
         plain = checks.unique(checks.as_plain(grads))
         norm = _total_norm(serving, plain, norm_type)
         if error_if_nonfinite:
-            _raise_if_nonfinite(norm, norm_type, listed, grads)
+            _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
         _scale_(serving, plain, max_norm, norm)
         return norm
 
@@ -137,7 +137,7 @@ def get_total_norm(
         norm = core.get_total_norm(listed, norm_type)
         if norm is not None:
             if error_if_nonfinite:
-                _raise_if_nonfinite(norm, norm_type, listed, listed)
+                _raise_if_nonfinite(norm, norm_type, listed)
             return norm
     with torch.no_grad():
         given = checks.all_tensors("tensors", listed)
@@ -149,7 +149,7 @@ def get_total_norm(
         checks.readable(given)
         norm = _total_norm(serving, checks.unique(checks.as_plain(given)), norm_type)
         if error_if_nonfinite:
-            _raise_if_nonfinite(norm, norm_type, listed, given)
+            _raise_if_nonfinite(norm, norm_type, given)
         return norm
 
 
@@ -360,8 +360,6 @@ def _by_device(serving: Serving, tensors: Sequence[Tensor]) -> dict[torch.device
     return {device: [t for t in tensors if t.device == device] for device in serving}
 
 
-def _raise_if_nonfinite(
-    norm: Tensor, norm_type: float, listed: Sequence[Tensor], grads: Sequence[Tensor]
-) -> None:
+def _raise_if_nonfinite(norm: Tensor, norm_type: float, tensors: Sequence[Tensor | None]) -> None:
     if not torch.isfinite(norm):  # the one host synchronisation, asked for by name
-        raise RuntimeError(checks.nonfinite_message(norm_type, listed, grads))
+        raise RuntimeError(checks.nonfinite_message(norm_type, tensors))

@@ -266,7 +266,7 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
     want one dtype and no gaps, and their launches run over all tensors at once, so tensors
     that share memory are handled one after the other.
     """
-    if batched and (torch.compiler.is_compiling() or tensors[0].device.type == "cpu"):
+    if batched and (torch.compiler.is_compiling() or _host_sees(tensors[0])):
         return [list(tensors)]
     if not batched or _share_memory(tensors):
         return [[t] for t in tensors]
