@@ -20,8 +20,8 @@ struct ChunkKernels {
   double (*sum_magnitudes[kDTypes])(const void* data, int64_t numel);
   /// The largest |x|; NaN if there is one.
   double (*max_magnitude[kDTypes])(const void* data, int64_t numel);
-  /// The sum of |x / pivot|^p for p > 0, in float64.
-  double (*sum_powers[kDTypes])(const void* data, int64_t numel, double p, double log2_pivot);
+  /// The sum of |x / pivot|^p in float64, for p > 0 and a finite pivot > 0.
+  double (*sum_powers[kDTypes])(const void* data, int64_t numel, double p, double pivot);
   /// x *= coef in float32 (float64 for float64), rounded once.
   void (*scale[kDTypes])(void* data, int64_t numel, double coef);
   /// Clamps to [min, max], both rounded to the dtype; NaN stays NaN. Writes only rows that change.

@@ -61,13 +61,13 @@ struct Magnitude {
   }
 };
 
-/// |x / pivot|^p, as a power of 2.
+/// |x / pivot|^p as a power of 2.
 struct Power {
-  double p, log2_pivot;
+  double p, exponent, fraction;  // pivot = 2^(exponent + fraction)
 
   GRADCLIP_INLINE F64 add(F64 sum, F64 x) const {
     const F64 m = magnitude(x);
-    const F64 power = exp2(p * (log2(m) - log2_pivot));
+    const F64 power = exp2(p * log2_ratio(m, exponent, fraction));
     const I64 ordinary = (m > 0.0) & (m <= DBL_MAX);  // 0, inf and NaN are their own powers
     return sum + (ordinary ? power : m);
   }
@@ -109,8 +109,10 @@ double sum_in_float64(const void* data, int64_t numel, Term term) {
 }
 
 template <typename Format>
-double sum_powers(const void* data, int64_t numel, double p, double log2_pivot) {
-  return sum_in_float64<Format>(data, numel, Power{p, log2_pivot});
+double sum_powers(const void* data, int64_t numel, double p, double pivot) {
+  const int exponent = std::ilogb(pivot);
+  const double fraction = std::log2(std::scalbn(pivot, -exponent));
+  return sum_in_float64<Format>(data, numel, Power{p, static_cast<double>(exponent), fraction});
 }
 
 // ---------------------------------------------------------------- float32 arithmetic

@@ -6,8 +6,9 @@
 
 namespace gradclip::cpu::GRADCLIP_ISA {
 
-/// log2(x) for a finite x > 0, to about 2 ulp of max(1, |log2(x)|).
-GRADCLIP_INLINE F64 log2(F64 x) {
+/// log2(x / pivot) for a finite x > 0. The pivot is given as 2^exponent * 2^fraction: the exponents
+/// cancel exactly, so that the error is about 2 ulp of 1 or of the result, not of log2(x).
+GRADCLIP_INLINE F64 log2_ratio(F64 x, double exponent, double fraction) {
   // x = 2^k m with sqrt(1/2) <= m < sqrt(2), split in integer arithmetic.
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdull, kOne = 0x3ff0000000000000ull;
   const I64 subnormal = x < DBL_MIN;
@@ -27,7 +28,7 @@ GRADCLIP_INLINE F64 log2(F64 x) {
   series = series * z + 1.0 / 5;
   series = series * z + 1.0 / 3;
   constexpr double kTwoOverLn2 = 2.885390081777926815;
-  return k + (s * kTwoOverLn2 + s * z * series * kTwoOverLn2);
+  return (k - exponent) + ((s * kTwoOverLn2 + s * z * series * kTwoOverLn2) - fraction);
 }
 
 /// 2^y to about 2 ulp; inf above the range of doubles and 0 below that of normal ones.

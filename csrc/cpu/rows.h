@@ -117,7 +117,7 @@ GRADCLIP_INLINE typename Format::Vec rounded(double number) {
   row.v[0][0] = static_cast<LaneOf<Vec>>(number);
   typename Format::Item items[Format::kRow];
   Format::store_row(items, row);
-  return Vec{} + Format::load_row(items).v[0][0];
+  return Format::load_row(items).v[0][0] - Vec{};  // + would lose the sign of -0
 }
 
 // ---------------------------------------------------------------- chunks by rows

@@ -97,34 +97,27 @@ double root(double total, double p) {
 }  // namespace
 
 double norm(const GradList& list, double p, const Threads& threads, const ChunkKernels& kernels) {
-  const auto largest = [&] {
-    return max(partials(list, threads, [&](const Piece& piece) {
-      return kernels.max_magnitude[piece.dtype](piece.data, piece.numel);
+  if (p == 1 || p == 2) {
+    const auto& terms = p == 2 ? kernels.sum_squares : kernels.sum_magnitudes;
+    const double total = sum(partials(list, threads, [&](const Piece& piece) {
+      return terms[piece.dtype](piece.data, piece.numel);
     }));
-  };
-  const auto sum_powers = [&](double log2_pivot) {
-    return sum(partials(list, threads, [&](const Piece& piece) {
-      return kernels.sum_powers[piece.dtype](piece.data, piece.numel, p, log2_pivot);
-    }));
-  };
-  if (std::isinf(p)) return largest();
-
-  const bool fast = p == 1 || p == 2;
-  const auto& sum_terms = p == 2 ? kernels.sum_squares : kernels.sum_magnitudes;
-  const double total = !fast ? sum_powers(0) : sum(partials(list, threads, [&](const Piece& piece) {
-    return sum_terms[piece.dtype](piece.data, piece.numel);
+    // Squares of anything narrower than float64 stay in its range: there, 0 and inf are the truth.
+    // A square of a float64 that underflows is below 2^-1022, nothing in a mean of 1e-300.
+    const double mean = total / static_cast<double>(list.numel());
+    const bool in_range = mean >= 1e-300 && mean <= DBL_MAX;
+    if (in_range || std::isnan(total) || !list.holds(DType::kFloat64)) return root(total, p);
+  }
+  const double largest = max(partials(list, threads, [&](const Piece& piece) {
+    return kernels.max_magnitude[piece.dtype](piece.data, piece.numel);
   }));
-  if (std::isnan(total)) return total;
-  // Squares of anything narrower than float64 stay in its range, so 0 and inf are the truth there.
-  // Otherwise terms below 2^-1022 were lost, 2.2e-308 each and none of it in a mean of 1e-300.
-  const double mean = total / static_cast<double>(list.numel());
-  const bool in_range = mean >= 1e-300 && mean <= DBL_MAX;
-  if (in_range || (fast && !list.holds(DType::kFloat64))) return root(total, p);
-
-  // Divided by the largest element, no power overflows and one of them is 1.
-  const double pivot = largest();
-  if (!(pivot > 0 && pivot <= DBL_MAX)) return pivot;
-  return pivot * root(sum_powers(std::log2(pivot)), p);
+  if (std::isinf(p) || largest == 0 || !std::isfinite(largest)) return largest;
+  // Divided by the largest element, no power overflows, and one is 1. Finding it costs little
+  // beside the powers.
+  const double total = sum(partials(list, threads, [&](const Piece& piece) {
+    return kernels.sum_powers[piece.dtype](piece.data, piece.numel, p, largest);
+  }));
+  return largest * root(total, p);
 }
 
 void scale(const GradList& list, double coef, const Threads& threads, const ChunkKernels& kernels) {

@@ -54,8 +54,8 @@ def fused(name: str | None, foreach: bool | None) -> ModuleType | None:
     """
     if torch.compiler.is_compiling() or foreach is False:
         return None
-    asked = name or os.environ.get(ENVIRONMENT_VARIABLE)
-    return _core.C if not asked or asked == "cpu" else None
+    asked = os.environ.get(ENVIRONMENT_VARIABLE) or None if name is None else name
+    return _core.C if asked in (None, "cpu") else None
 
 
 def choose(
