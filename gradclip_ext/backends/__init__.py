@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -46,7 +45,7 @@ _LOOP = ForeachBackend(batched=False)
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
 
 
-def fused(name: str | None, foreach: bool | None) -> ModuleType | None:
+def fused(name: str | None, foreach: bool | None) -> _core.Core | None:
     """Return the compiled module if a call with these arguments may be handed to it whole.
 
     It checks every gradient itself and either serves the call or leaves everything as it was;
