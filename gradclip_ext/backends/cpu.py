@@ -58,4 +58,5 @@ def _joined(first: Tensor, second: Tensor, p: float) -> Tensor:
     pivot = norms.amax()
     if not 0.0 < pivot.item() < math.inf:
         return pivot
-    return pivot * torch.linalg.vector_norm(norms / pivot, p)
+    joined: Tensor = pivot * torch.linalg.vector_norm(norms / pivot, p)
+    return joined
