@@ -66,11 +66,10 @@ def as_bounds(min: Any, max: Any) -> tuple[float, float]:
     return low, high
 
 
-def as_list(name: str, tensors: Any, stacklevel: int = 4) -> list[Any]:
-    """Return the iterable (or single tensor) as a list; an empty generator warns, as torch does.
-
-    The warning points at the caller of the public function, past torch.no_grad's wrapper.
-    """
+def as_list(name: str, tensors: Any) -> list[Any]:
+    """Return the iterable (or single tensor) as a list; an empty generator warns, as torch does."""
+    if type(tensors) is list:  # the usual case, and a copy would touch every tensor
+        return tensors
     if isinstance(tensors, Tensor):
         return [tensors]
     if isinstance(tensors, torch.nn.Module) and not isinstance(tensors, torch.nn.ParameterList):
@@ -84,7 +83,7 @@ def as_list(name: str, tensors: Any, stacklevel: int = 4) -> list[Any]:
     if not result and isinstance(tensors, types.GeneratorType):
         warnings.warn(
             f"`{name}` is an empty generator, no gradient clipping will occur.",
-            stacklevel=stacklevel,
+            stacklevel=3,  # as_list, the public function, the caller
         )
     return result
 

@@ -25,7 +25,6 @@ _IS_CPU = operator.attrgetter("is_cpu")
 _WIDE = (torch.float64, torch.complex128)
 
 
-@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -92,23 +91,30 @@ def clip_grad_norm_(
     listed = checks.as_list("parameters", parameters)
     max_norm = checks.as_threshold("max_norm", max_norm)
     norm_type = checks.as_float("norm_type", norm_type)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, _devices(grads))
-    if not grads:
-        return torch.tensor(0.0)
-    if checks.has_dispatch_subclass(grads):
-        return _torch_clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
-    dtypes = checks.readable(grads)
-    checks.writable(grads)
-    plain = checks.unique(checks.as_plain(grads))
-    norm = _total_norm(serving, plain, dtypes, norm_type)
-    if error_if_nonfinite:
-        _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
-    _scale_(serving, plain, max_norm, norm)
-    return norm
+    core = backends.fused(backend, foreach)
+    if core is not None:
+        norm = core.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
+        if norm is not None:
+            if error_if_nonfinite:  # if it is not finite, nothing has changed
+                _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
+            return norm
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, foreach, _devices(grads))
+        if not grads:
+            return torch.tensor(0.0)
+        if checks.has_dispatch_subclass(grads):
+            return _torch_clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
+        dtypes = checks.readable(grads)
+        checks.writable(grads)
+        plain = checks.unique(checks.as_plain(grads))
+        norm = _total_norm(serving, plain, dtypes, norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
+        _scale_(serving, plain, max_norm, norm)
+        return norm
 
 
-@torch.no_grad()
 def get_total_norm(
     tensors: Tensors,
     norm_type: float = 2.0,
@@ -129,20 +135,27 @@ def get_total_norm(
     """
     listed = checks.as_list("tensors", tensors)
     norm_type = checks.as_float("norm_type", norm_type)
-    given = checks.all_tensors("tensors", listed)
-    serving = backends.choose(backend, foreach, _devices(given))
-    if not given:
-        return torch.tensor(0.0)
-    if checks.has_dispatch_subclass(given):
-        return _torch_get_total_norm(given, norm_type, error_if_nonfinite, foreach)
-    dtypes = checks.readable(given)
-    norm = _total_norm(serving, checks.unique(checks.as_plain(given)), dtypes, norm_type)
-    if error_if_nonfinite:
-        _raise_if_nonfinite(norm, norm_type, given)
-    return norm
+    core = backends.fused(backend, foreach)
+    if core is not None:
+        norm = core.get_total_norm(listed, norm_type)
+        if norm is not None:
+            if error_if_nonfinite:
+                _raise_if_nonfinite(norm, norm_type, listed)
+            return norm
+    with torch.no_grad():
+        given = checks.all_tensors("tensors", listed)
+        serving = backends.choose(backend, foreach, _devices(given))
+        if not given:
+            return torch.tensor(0.0)
+        if checks.has_dispatch_subclass(given):
+            return _torch_get_total_norm(given, norm_type, error_if_nonfinite, foreach)
+        dtypes = checks.readable(given)
+        norm = _total_norm(serving, checks.unique(checks.as_plain(given)), dtypes, norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(norm, norm_type, given)
+        return norm
 
 
-@torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -181,22 +194,25 @@ def clip_grads_with_norm_(
     listed = checks.as_list("parameters", parameters)
     max_norm = checks.as_threshold("max_norm", max_norm)
     checks.total_norm(total_norm)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, _devices(grads))
-    if not grads:
+    core = backends.fused(backend, foreach)
+    if core is not None and core.clip_grads_with_norm_(listed, max_norm, total_norm):
         return
-    if checks.has_dispatch_subclass([*grads, total_norm]):
-        _torch_clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
-        return
-    checks.readable(grads)
-    checks.writable(grads)
-    (norm,) = checks.as_plain([total_norm])
-    if norm.dtype.itemsize < 4:
-        norm = norm.float()
-    _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, foreach, _devices(grads))
+        if not grads:
+            return
+        if checks.has_dispatch_subclass([*grads, total_norm]):
+            _torch_clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
+            return
+        checks.readable(grads)
+        checks.writable(grads)
+        (norm,) = checks.as_plain([total_norm])
+        if norm.dtype.itemsize < 4:
+            norm = norm.float()
+        _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
 
 
-@torch.no_grad()
 def clip_grad_value_(
     parameters: Tensors,
     clip_value: float,
@@ -233,15 +249,18 @@ def clip_grad_value_(
     """
     listed = checks.as_list("parameters", parameters)
     clip_value = checks.as_threshold("clip_value", clip_value)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, foreach, _devices(grads))
-    if checks.has_dispatch_subclass(grads):
-        _torch_clip_grad_value_(listed, clip_value, foreach)
+    core = backends.fused(backend, foreach)
+    if core is not None and core.clamp_grad_(listed, -clip_value, clip_value):
         return
-    _clamp_(serving, grads, -clip_value, clip_value)
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, foreach, _devices(grads))
+        if checks.has_dispatch_subclass(grads):
+            _torch_clip_grad_value_(listed, clip_value, foreach)
+            return
+        _clamp_(serving, grads, -clip_value, clip_value)
 
 
-@torch.no_grad()
 def clamp_grad_(
     parameters: Tensors,
     min: float | None = None,
@@ -251,7 +270,7 @@ def clamp_grad_(
 ) -> None:
     """Clamp every gradient element in place to ``[min, max]``; the bounds need not be symmetric.
 
-    Equivalent to ``p.grad.clamp_(low, high)`` for every parameter that has a gradient.
+    Equivalent to ``p.grad.clamp_(min, max)`` for every parameter that has a gradient.
 
     Args:
         parameters: as in :func:`clip_grad_norm_`; with no gradient nothing happens.
@@ -277,13 +296,17 @@ def clamp_grad_(
     """
     listed = checks.as_list("parameters", parameters)
     low, high = checks.as_bounds(min, max)
-    grads = checks.gradients(listed)
-    serving = backends.choose(backend, None, _devices(grads))
-    if checks.has_dispatch_subclass(grads):
-        for grad in grads:
-            grad.clamp_(low, high)
+    core = backends.fused(backend, None)
+    if core is not None and core.clamp_grad_(listed, low, high):
         return
-    _clamp_(serving, grads, low, high)
+    with torch.no_grad():
+        grads = checks.gradients(listed)
+        serving = backends.choose(backend, None, _devices(grads))
+        if checks.has_dispatch_subclass(grads):
+            for grad in grads:
+                grad.clamp_(min, max)
+            return
+        _clamp_(serving, grads, low, high)
 
 
 def _total_norm(

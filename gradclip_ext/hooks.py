@@ -85,7 +85,7 @@ def register_clamp_hook(
     if isinstance(parameters_or_module, torch.nn.Module):
         parameters_or_module = parameters_or_module.parameters()
     name = "parameters_or_module"
-    listed: list[Any] = checks.as_list(name, parameters_or_module, stacklevel=3)
+    listed: list[Any] = checks.as_list(name, parameters_or_module)
     tensors = [t for t in checks.all_tensors(name, listed) if t.requires_grad]
     checks.representable({t.dtype for t in tensors}, low, high)
 

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradclip_ext import _core
+from gradclip_ext.backends.cpu import CpuBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 
 
@@ -26,7 +28,7 @@ class Backend(Protocol):
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the norm of the list as one vector, a new 0-d tensor on its device, float64 where
-        the device has that. At least one tensor in the list is not empty."""
+        the device has that; 0 if there is no element."""
 
     def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
         """Multiply by the 0-d coefficient, in float32 arithmetic or wider; write nothing where
@@ -37,10 +39,22 @@ class Backend(Protocol):
 
 
 # In order of preference: without a name, a device is served by the first one that is usable for it.
-ALL: dict[str, Backend] = {"foreach": ForeachBackend()}
+ALL: dict[str, Backend] = {"cpu": CpuBackend(), "foreach": ForeachBackend()}
 _LOOP = ForeachBackend(batched=False)
 
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
+
+
+def fused(name: str | None, foreach: bool | None) -> _core.Core | None:
+    """Return the compiled module if a call with these arguments may be handed to it whole.
+
+    It checks every gradient itself and either serves the call or leaves everything as it was;
+    then, and where this returns None, the general path goes by :func:`choose`.
+    """
+    if torch.compiler.is_compiling() or foreach is False:
+        return None
+    asked = os.environ.get(ENVIRONMENT_VARIABLE) or None if name is None else name
+    return _core.C if asked in (None, "cpu") else None
 
 
 def choose(
@@ -78,6 +92,8 @@ def choose(
             )
         if foreach is False:
             serving[device] = _LOOP
+        elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
+            serving[device] = ALL["foreach"]
         elif asked is None:
             serving[device] = next(b for b in ALL.values() if b.unusable(device.type) is None)
         else:

@@ -56,6 +56,8 @@ class ForeachBackend:
         return None
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        if not any(t.numel() > 0 for t in tensors):
+            return torch.zeros((), device=tensors[0].device)
         if not _host_sees(tensors[0]):
             return _device_norm([t for t in tensors if t.numel() > 0], norm_type, self._batched)
         return _host_norm(tensors, norm_type, _SMALL if self._batched else 0)

@@ -1,0 +1,49 @@
+// The kernels, each on one chunk of one dtype, compiled once per instruction set.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../grad_list.h"
+
+namespace gradclip::cpu {
+
+/// What a chunk of up to 64 KiB contributes to the double partial stored at its index.
+struct ChunkKernels {
+  /// Name of the instruction set, for reports.
+  const char* isa;
+
+  // One entry per DType. `data` needs no alignment beyond its dtype's; nothing past `numel`
+  // elements is touched; the result depends on the values alone, not on the address.
+  double (*sum_squares[kDTypes])(const void* data, int64_t numel);
+  double (*sum_magnitudes[kDTypes])(const void* data, int64_t numel);
+  /// The largest |x|; NaN if there is one.
+  double (*max_magnitude[kDTypes])(const void* data, int64_t numel);
+  /// The sum of |x / pivot|^p in float64, for p > 0 and a finite pivot > 0.
+  double (*sum_powers[kDTypes])(const void* data, int64_t numel, double p, double pivot);
+  /// x *= coef in float32 (float64 for float64), rounded once.
+  void (*scale[kDTypes])(void* data, int64_t numel, double coef);
+  /// Clamps to [min, max], both rounded to the dtype; NaN stays NaN. Writes only rows that change.
+  void (*clamp[kDTypes])(void* data, int64_t numel, double min, double max);
+};
+
+/// Returns the kernels of every instruction set that this processor has, best last.
+const std::vector<const ChunkKernels*>& usable_chunk_kernels();
+
+/// Returns the best of them.
+inline const ChunkKernels& chunk_kernels() { return *usable_chunk_kernels().back(); }
+
+namespace baseline {
+extern const ChunkKernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const ChunkKernels kKernels;
+}
+namespace avx512 {
+extern const ChunkKernels kKernels;
+}
+#endif
+
+}  // namespace gradclip::cpu

@@ -1,0 +1,7 @@
+// The kernels for what the compiler targets anyway: SSE2 on x86-64, NEON on aarch64.
+
+#include "prelude.h"
+
+#define GRADCLIP_ISA baseline
+#define GRADCLIP_VECTOR_BYTES 16
+#include "table.h"

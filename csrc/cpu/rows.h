@@ -1,0 +1,215 @@
+// Rows: what kernels handle at a time, and how each dtype is read into one. Included only by
+// isa_*.cpp.
+
+#pragma once
+
+#include "vec.h"
+
+namespace gradclip::cpu::GRADCLIP_ISA {
+
+// A row is 64 elements, 32 of float64: those that fill 256 bytes of vectors once widened to the
+// type they are computed in. Element i of a chunk is always element i % 64 of its row, so neither
+// the address nor the order of arrival shows in a result.
+constexpr int kRowBytes = 256;
+constexpr int kVectors = kRowBytes / kVectorBytes;
+
+template <typename V>
+struct Row {
+  V v[kVectors];
+};
+
+// ---------------------------------------------------------------- formats
+
+struct Float32 {
+  using Item = float;
+  using Bits = I32;
+  using Vec = F32;
+  static constexpr int64_t kRow = kRowBytes / 4;
+
+  static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
+    Row<F32> row;
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) row.v[i] = load<F32>(x + i * kLanes<F32>);
+    return row;
+  }
+  static GRADCLIP_INLINE void store_row(Item* x, const Row<F32>& row) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<F32>, row.v[i]);
+  }
+};
+
+struct Float64 {
+  using Item = double;
+  using Bits = I64;
+  using Vec = F64;
+  static constexpr int64_t kRow = kRowBytes / 8;
+
+  static GRADCLIP_INLINE Row<F64> load_row(const Item* x) {
+    Row<F64> row;
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) row.v[i] = load<F64>(x + i * kLanes<F64>);
+    return row;
+  }
+  static GRADCLIP_INLINE void store_row(Item* x, const Row<F64>& row) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<F64>, row.v[i]);
+  }
+};
+
+/// The upper half of a float32. Read as 32-bit words, even elements are in the lower and odd ones
+/// in the upper halves (little-endian), so that a shift or a mask widens them and none has to move.
+struct BFloat16 {
+  using Item = uint16_t;
+  using Bits = I16;
+  using Vec = F32;
+  static constexpr int64_t kRow = kRowBytes / 4;
+
+  static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
+    Row<F32> row;
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; i += 2) {
+      const U32 pairs = load<U32>(x + i * kLanes<F32>);
+      row.v[i] = (F32)(pairs << 16);
+      row.v[i + 1] = (F32)(pairs & 0xffff0000u);
+    }
+    return row;
+  }
+  static GRADCLIP_INLINE void store_row(Item* x, const Row<F32>& row) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; i += 2) {
+      const U32 even = round(row.v[i]) >> 16, odd = round(row.v[i + 1]) & 0xffff0000u;
+      store(x + i * kLanes<F32>, even | odd);
+    }
+  }
+
+ private:
+  /// Rounds to nearest, ties to even, into the upper half of each word; NaN becomes quiet.
+  static GRADCLIP_INLINE U32 round(F32 x) {
+    const U32 bits = (U32)x;
+    const U32 rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return x == x ? rounded : bits | 0x00400000u;
+  }
+};
+
+struct Float16 {
+  using Item = uint16_t;
+  using Bits = I16;
+  using Vec = F32;
+  static constexpr int64_t kRow = kRowBytes / 4;
+
+  static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
+    Row<F32> row;
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) row.v[i] = load_halves(x + i * kLanes<F32>);
+    return row;
+  }
+  static GRADCLIP_INLINE void store_row(Item* x, const Row<F32>& row) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) store_halves(x + i * kLanes<F32>, row.v[i]);
+  }
+};
+
+/// A number rounded to the format, in every lane.
+template <typename Format>
+GRADCLIP_INLINE typename Format::Vec rounded(double number) {
+  using Vec = typename Format::Vec;
+  Row<Vec> row = {};
+  row.v[0][0] = static_cast<LaneOf<Vec>>(number);
+  typename Format::Item items[Format::kRow];
+  Format::store_row(items, row);
+  return Format::load_row(items).v[0][0] - Vec{};  // + would lose the sign of -0
+}
+
+// ---------------------------------------------------------------- chunks by rows
+
+// AVX-512 reads and writes the last few elements of a tensor under a mask: a small tensor takes
+// half the time. Sanitizers do not see such accesses, so their builds copy as the others do.
+#if GRADCLIP_VECTOR_BYTES == 64 && !defined(__SANITIZE_ADDRESS__)
+
+GRADCLIP_INLINE __mmask64 first_bytes(int64_t bytes) {
+  return bytes >= 64 ? ~0ull : bytes > 0 ? ~0ull >> (64 - bytes) : 0;
+}
+
+/// Reads `count` elements, less than a row, and zeros up to a row.
+template <typename Format>
+GRADCLIP_INLINE void read_part(typename Format::Item* row, const void* from, int64_t count) {
+  constexpr int64_t kItem = sizeof(typename Format::Item);
+  GRADCLIP_UNROLL
+  for (int64_t at = 0; at < Format::kRow * kItem; at += 64) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(count * kItem - at),
+                                                  static_cast<const char*>(from) + at);
+    store(reinterpret_cast<char*>(row) + at, bytes);
+  }
+}
+
+/// Writes the first `count` elements of a row.
+template <typename Format>
+GRADCLIP_INLINE void write_part(void* to, const typename Format::Item* row, int64_t count) {
+  constexpr int64_t kItem = sizeof(typename Format::Item);
+  GRADCLIP_UNROLL
+  for (int64_t at = 0; at < Format::kRow * kItem; at += 64) {
+    _mm512_mask_storeu_epi8(static_cast<char*>(to) + at, first_bytes(count * kItem - at),
+                            load<__m512i>(reinterpret_cast<const char*>(row) + at));
+  }
+}
+
+#else
+
+/// Copies `count` elements, less than a row. A call of memcpy costs more than a small tensor does.
+template <typename Item>
+GRADCLIP_INLINE void copy_part(Item* to, const Item* from, int64_t count) {
+  GRADCLIP_UNROLL
+  for (int64_t piece = kRowBytes / 8; piece != 0; piece /= 2) {
+    if ((count & piece) == 0) continue;
+    __builtin_memcpy(to, from, static_cast<size_t>(piece) * sizeof(Item));
+    to += piece;
+    from += piece;
+  }
+}
+
+/// Reads `count` elements, less than a row, and zeros up to a row.
+template <typename Format>
+GRADCLIP_INLINE void read_part(typename Format::Item* row, const typename Format::Item* from,
+                               int64_t count) {
+  __builtin_memset(row, 0, Format::kRow * sizeof(typename Format::Item));
+  copy_part(row, from, count);
+}
+
+/// Writes the first `count` elements of a row.
+template <typename Format>
+GRADCLIP_INLINE void write_part(typename Format::Item* to, const typename Format::Item* row,
+                                int64_t count) {
+  copy_part(to, row, count);
+}
+
+#endif
+
+/// Shows `kernel.rows(x, count)` the elements of a chunk: first its whole rows in place, then what
+/// is left as one row padded with zeros.
+template <typename Format, typename Kernel>
+GRADCLIP_INLINE void read_rows(Kernel& kernel, const void* data, int64_t numel) {
+  const auto* x = static_cast<const typename Format::Item*>(data);
+  const int64_t rows = numel / Format::kRow, left = numel % Format::kRow;
+  if (rows != 0) kernel.rows(x, rows);
+  if (left != 0) {
+    typename Format::Item last[Format::kRow];
+    read_part<Format>(last, x + rows * Format::kRow, left);
+    kernel.rows(last, 1);
+  }
+}
+
+/// The same for a kernel that changes elements in place.
+template <typename Format, typename Kernel>
+GRADCLIP_INLINE void update_rows(const Kernel& kernel, void* data, int64_t numel) {
+  auto* x = static_cast<typename Format::Item*>(data);
+  const int64_t rows = numel / Format::kRow, left = numel % Format::kRow;
+  if (rows != 0) kernel.rows(x, rows);
+  if (left != 0) {
+    typename Format::Item last[Format::kRow];
+    read_part<Format>(last, x + rows * Format::kRow, left);
+    kernel.rows(last, 1);
+    write_part<Format>(x + rows * Format::kRow, last, left);
+  }
+}
+
+}  // namespace gradclip::cpu::GRADCLIP_ISA

@@ -1,0 +1,21 @@
+// The table of this instruction set's kernels. Included only by isa_*.cpp, last.
+
+#pragma once
+
+#include "norm.h"
+#include "update.h"
+
+namespace gradclip::cpu::GRADCLIP_ISA {
+
+#define GRADCLIP_NAME(x) #x
+#define GRADCLIP_NAME_OF(x) GRADCLIP_NAME(x)
+// In the order of DType.
+#define GRADCLIP_EACH(kernel) {kernel<Float32>, kernel<Float64>, kernel<BFloat16>, kernel<Float16>}
+
+const ChunkKernels kKernels = {
+    GRADCLIP_NAME_OF(GRADCLIP_ISA), GRADCLIP_EACH(sum_squares), GRADCLIP_EACH(sum_magnitudes),
+    GRADCLIP_EACH(max_magnitude),   GRADCLIP_EACH(sum_powers),  GRADCLIP_EACH(scale),
+    GRADCLIP_EACH(clamp),
+};
+
+}  // namespace gradclip::cpu::GRADCLIP_ISA

@@ -1,0 +1,280 @@
+// What a list of gradients is and how it is cut into pieces of work.
+//
+// Plain C++17 without torch. The functions marked GRADCLIP_HOST_DEVICE are the index arithmetic
+// that every kernel runs, on the CPU and in CUDA; tests/test_core.py checks them from Python.
+//
+//   tensor   0          1   2 (empty)  3
+//   chunks   0  1  2    3              4  5        chunk_prefix = {0, 3, 4, 4, 6}
+//
+// A chunk never crosses a tensor. The cut depends on sizes and dtypes alone, so a partial result
+// stored at a chunk's index is the same for any number of threads, any grid and any address.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define GRADCLIP_HOST_DEVICE __host__ __device__
+#else
+#define GRADCLIP_HOST_DEVICE
+#endif
+
+namespace gradclip {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDTypes = 4;
+
+/// log2 of an element's size: sizes divide by shifting.
+GRADCLIP_HOST_DEVICE constexpr int item_shift(DType dtype) {
+  return dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
+}
+GRADCLIP_HOST_DEVICE constexpr int64_t item_size(DType dtype) {
+  return int64_t{1} << item_shift(dtype);
+}
+
+/// One gradient: `numel` elements in adjacent memory, in whatever order its strides give them.
+struct Grad {
+  void* data;
+  int64_t numel;
+  DType dtype;
+};
+
+/// `length` elements of one tensor, from element `offset` on.
+struct Chunk {
+  int64_t tensor;
+  int64_t offset;
+  int64_t length;
+};
+
+// ---------------------------------------------------------------- chunks
+
+/// How many elements a full chunk has: `chunk_bytes`, a multiple of 8, is what it reads.
+GRADCLIP_HOST_DEVICE constexpr int64_t chunk_numel(DType dtype, int64_t chunk_bytes) {
+  return chunk_bytes >> item_shift(dtype);
+}
+
+/// How many chunks a tensor has; an empty one has none.
+GRADCLIP_HOST_DEVICE constexpr int64_t chunk_count(int64_t numel, int64_t chunk_numel) {
+  if (numel <= chunk_numel) return numel != 0;  // most tensors of a model, without a division
+  return (numel - 1) / chunk_numel + 1;
+}
+
+/// The tensor that holds a chunk: the only t with prefix[t] <= chunk < prefix[t + 1], found in
+/// log2(tensors) steps. `prefix` has tensors + 1 entries, the first is 0, the last exceeds `chunk`.
+template <typename Index>
+GRADCLIP_HOST_DEVICE constexpr int64_t tensor_of(const Index* prefix, int64_t tensors,
+                                                 int64_t chunk) {
+  int64_t low = 0, high = tensors;  // prefix[low] <= chunk < prefix[high]
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (prefix[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+/// Chunk number `index` of the tensor `tensor` that has `numel` elements.
+GRADCLIP_HOST_DEVICE constexpr Chunk chunk_of(int64_t tensor, int64_t index, int64_t numel,
+                                              int64_t chunk_numel) {
+  const int64_t offset = index * chunk_numel, left = numel - offset;
+  return {tensor, offset, left < chunk_numel ? left : chunk_numel};
+}
+
+// ---------------------------------------------------------------- vectors
+
+/// A run of elements as a kernel accesses it: `head` one by one up to the first boundary of a
+/// vector, `body` in whole vectors from there, `tail` one by one.
+struct VectorSplit {
+  int64_t head;
+  int64_t body;
+  int64_t tail;
+};
+
+/// Splits `numel` elements at `address`. Memory that no whole number of elements brings to a
+/// boundary is all head, and so is a run that ends before one.
+GRADCLIP_HOST_DEVICE constexpr VectorSplit split_vectors(uint64_t address, int64_t numel,
+                                                         int64_t item_size, int64_t vector_bytes) {
+  const int64_t past = static_cast<int64_t>(address % static_cast<uint64_t>(vector_bytes));
+  const int64_t missing = past == 0 ? 0 : vector_bytes - past;
+  if (missing % item_size != 0 || missing / item_size >= numel) return {numel, 0, 0};
+  const int64_t head = missing / item_size, per_vector = vector_bytes / item_size;
+  const int64_t body = (numel - head) / per_vector * per_vector;
+  return {head, body, numel - head - body};
+}
+
+// ---------------------------------------------------------------- the list
+
+/// The gradients of one call and their cut into chunks. Built on the host, 33 bytes a tensor.
+class GradList {
+ public:
+  explicit GradList(int64_t chunk_bytes) : chunk_bytes_(chunk_bytes), chunk_prefix_{0} {}
+
+  void reserve(int64_t tensors) {
+    grads_.reserve(static_cast<size_t>(tensors));
+    chunk_prefix_.reserve(static_cast<size_t>(tensors) + 1);
+  }
+
+  void add(void* data, int64_t numel, DType dtype) {
+    grads_.push_back({data, numel, dtype});
+    chunk_prefix_.push_back(chunks() + chunk_count(numel, chunk_numel(dtype, chunk_bytes_)));
+    bytes_ += numel * item_size(dtype);
+    numel_ += numel;
+    dtypes_ |= 1u << static_cast<unsigned>(dtype);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(grads_.size()); }
+  int64_t chunks() const { return chunk_prefix_.back(); }
+  int64_t bytes() const { return bytes_; }
+  int64_t numel() const { return numel_; }
+  bool holds(DType dtype) const { return dtypes_ >> static_cast<unsigned>(dtype) & 1u; }
+  const Grad& operator[](int64_t tensor) const { return grads_[static_cast<size_t>(tensor)]; }
+  const int64_t* chunk_prefix() const { return chunk_prefix_.data(); }
+
+  int64_t tensor_of(int64_t chunk) const {
+    return gradclip::tensor_of(chunk_prefix(), size(), chunk);
+  }
+
+  /// The chunk with this index, which belongs to `tensor`.
+  Chunk chunk(int64_t index, int64_t tensor) const {
+    const Grad& grad = (*this)[tensor];
+    return chunk_of(tensor, index - chunk_prefix()[tensor], grad.numel,
+                    chunk_numel(grad.dtype, chunk_bytes_));
+  }
+
+ private:
+  int64_t chunk_bytes_;
+  int64_t bytes_ = 0;
+  int64_t numel_ = 0;
+  unsigned dtypes_ = 0;  // bit d: some gradient has DType d
+  std::vector<Grad> grads_;
+  std::vector<int64_t> chunk_prefix_;
+};
+
+// ---------------------------------------------------------------- aliasing
+
+enum class Aliasing {
+  kNone,        // no byte belongs to two gradients
+  kDuplicates,  // some gradients are the same memory with the same numel and dtype, none else meet
+  kOverlap,     // two gradients share some bytes and are not the same
+};
+
+namespace detail {
+
+struct Extent {
+  uint64_t begin;
+  uint64_t end;
+  int64_t tensor;
+};
+
+/// Sorts by `begin`, a byte of the key per pass, passes over a byte that all keys share left out.
+/// 7 ns an entry in any order, where std::sort takes up to 35.
+inline void sort_by_begin(std::vector<Extent>& extents) {
+  uint64_t differing = 0;
+  for (const Extent& extent : extents) differing |= extent.begin ^ extents.front().begin;
+  std::vector<Extent> sorted(extents.size());
+  for (int shift = 0; shift < 64; shift += 8) {
+    if ((differing >> shift & 0xff) == 0) continue;
+    size_t starts[257] = {};
+    for (const Extent& extent : extents) ++starts[(extent.begin >> shift & 0xff) + 1];
+    for (int digit = 0; digit < 256; ++digit) starts[digit + 1] += starts[digit];
+    for (const Extent& extent : extents) sorted[starts[extent.begin >> shift & 0xff]++] = extent;
+    extents.swap(sorted);
+  }
+}
+
+}  // namespace detail
+
+/// Tells whether gradients share memory; empty ones never do. Linear for lists in address order,
+/// rising or falling, and for others but for the sort.
+inline Aliasing aliasing(const GradList& list) {
+  std::vector<detail::Extent> extents;
+  extents.reserve(static_cast<size_t>(list.size()));
+  bool rising = true, falling = true;
+  for (int64_t tensor = 0; tensor < list.size(); ++tensor) {
+    const Grad& grad = list[tensor];
+    if (grad.numel == 0) continue;
+    const uint64_t begin = reinterpret_cast<uintptr_t>(grad.data);
+    const uint64_t end = begin + static_cast<uint64_t>(grad.numel * item_size(grad.dtype));
+    if (!extents.empty()) {
+      rising &= extents.back().end <= begin;
+      falling &= end <= extents.back().begin;
+    }
+    extents.push_back({begin, end, tensor});
+  }
+  if (rising || falling) return Aliasing::kNone;
+  detail::sort_by_begin(extents);
+  Aliasing found = Aliasing::kNone;
+  for (size_t i = 1; i < extents.size(); ++i) {
+    const detail::Extent &before = extents[i - 1], &after = extents[i];
+    if (before.end <= after.begin) continue;
+    const bool same = before.begin == after.begin && before.end == after.end &&
+                      list[before.tensor].dtype == list[after.tensor].dtype;
+    if (!same) return Aliasing::kOverlap;
+    found = Aliasing::kDuplicates;
+  }
+  return found;
+}
+
+// ---------------------------------------------------------------- one kernel launch
+
+// What a launch may carry in its parameters: 4 KiB before CUDA 12.1 or before sm_70, since then
+// 32,764 bytes. Part of it stays free for the kernel's other parameters.
+constexpr int64_t kSmallLaunchBytes = 4096;
+constexpr int64_t kLargeLaunchBytes = 32764;
+constexpr int64_t kOtherParameterBytes = 128;
+
+/// The tensors of one launch, passed by value: 20 bytes each.
+template <int kCapacity>
+struct LaunchTable {
+  void* data[kCapacity];
+  int64_t numel_and_dtype[kCapacity];
+  int64_t first_chunk;  // the index in the whole list of the launch's first chunk
+  int32_t tensors;
+  int32_t chunk_prefix[kCapacity + 1];  // counted from first_chunk
+
+  GRADCLIP_HOST_DEVICE int64_t chunks() const { return chunk_prefix[tensors]; }
+  GRADCLIP_HOST_DEVICE int64_t numel(int64_t tensor) const {
+    return numel_and_dtype[tensor] / kDTypes;
+  }
+  GRADCLIP_HOST_DEVICE DType dtype(int64_t tensor) const {
+    return static_cast<DType>(numel_and_dtype[tensor] % kDTypes);
+  }
+};
+
+constexpr int launch_capacity(int64_t parameter_bytes) {
+  return static_cast<int>((parameter_bytes - kOtherParameterBytes - 20) / 20);
+}
+constexpr int kSmallLaunchTensors = launch_capacity(kSmallLaunchBytes);  // 197
+constexpr int kLargeLaunchTensors = launch_capacity(kLargeLaunchBytes);  // 1,630
+static_assert(sizeof(LaunchTable<kSmallLaunchTensors>) + kOtherParameterBytes <= kSmallLaunchBytes);
+static_assert(sizeof(LaunchTable<kLargeLaunchTensors>) + kOtherParameterBytes <= kLargeLaunchBytes);
+
+/// Fills `table` with tensors from `first` on, as many as it holds; returns the first one left.
+/// Stops short, too, where the launch would exceed 2^31 - 1 chunks; one tensor always fits, as
+/// long as its chunks do.
+template <int kCapacity>
+int64_t fill_launch(const GradList& list, int64_t first, LaunchTable<kCapacity>& table) {
+  constexpr int64_t kMostChunks = INT32_MAX;
+  const int64_t* prefix = list.chunk_prefix();
+  const int64_t last = std::min(first + kCapacity, list.size());
+  table.first_chunk = prefix[first];
+  table.chunk_prefix[0] = 0;
+  table.tensors = 0;
+  for (int64_t tensor = first; tensor < last; ++tensor) {
+    const int64_t chunks = prefix[tensor + 1] - prefix[first];
+    if (chunks > kMostChunks) break;
+    const Grad& grad = list[tensor];
+    table.data[table.tensors] = grad.data;
+    table.numel_and_dtype[table.tensors] = grad.numel * kDTypes + static_cast<int64_t>(grad.dtype);
+    table.chunk_prefix[++table.tensors] = static_cast<int32_t>(chunks);
+  }
+  return first + table.tensors;
+}
+
+}  // namespace gradclip

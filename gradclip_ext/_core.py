@@ -1,0 +1,66 @@
+"""The compiled module, where there is one that fits.
+
+A ``_C`` built for another torch may import and fail later, or die on an undefined symbol while
+importing, so the versions are compared first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+
+class Core(Protocol):
+    """What csrc/bindings.cpp defines. No argument is checked there, but every gradient is.
+
+    The first four take a whole call or, returning None or False, leave it as it was. The last
+    three do their work on what they take and return the indices of the tensors they left.
+    """
+
+    CPU_CAPABILITY: str
+    _testing: Any
+
+    def clip_grad_norm_(
+        self, parameters: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, /
+    ) -> Tensor | None: ...
+
+    def get_total_norm(self, tensors: list[Tensor], norm_type: float, /) -> Tensor | None: ...
+
+    def clip_grads_with_norm_(
+        self, parameters: list[Tensor], max_norm: float, total_norm: Tensor, /
+    ) -> bool: ...
+
+    def clamp_grad_(self, parameters: list[Tensor], min: float, max: float, /) -> bool: ...
+
+    def norm(self, tensors: list[Tensor], norm_type: float, /) -> tuple[Tensor, list[int]]: ...
+
+    def scale_(self, tensors: list[Tensor], coef: float, /) -> list[int]: ...
+
+    def clamp_(self, tensors: list[Tensor], min: float, max: float, /) -> list[int]: ...
+
+
+def load() -> tuple[Core | None, str | None]:
+    """Return ``gradclip_ext._C`` and None, or None and the reason why it is not used."""
+    try:
+        built_for = importlib.import_module("gradclip_ext._build_info").TORCH  # written by setup.py
+    except ModuleNotFoundError:
+        return None, "the compiled module was not built (see the log of pip install -v)"
+    if built_for != torch.__version__:
+        reason = (
+            f"the compiled module was built for torch {built_for}, this is torch {torch.__version__}: "
+            "reinstall with --no-build-isolation"
+        )
+    else:
+        try:
+            return cast(Core, importlib.import_module("gradclip_ext._C")), None
+        except ImportError as error:
+            reason = f"the compiled module cannot be imported: {error}"
+    warnings.warn(f"gradclip_ext falls back on torch operations: {reason}", RuntimeWarning, stacklevel=2)
+    return None, reason
+
+
+C, REASON = load()
