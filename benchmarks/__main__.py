@@ -239,6 +239,9 @@ def _print_machine(block: dict[str, Any]) -> None:
         print(f"gpu      {block['gpu']}, driver {block['driver']}, CUDA {block['cuda']}")
     ours = f"gradclip_ext {block['gradclip_ext']} at {block['commit'] or 'no commit'}"
     print(f"torch    {block['torch']}, {ours}")
+    load = machine.load()
+    if load > block["cores"]:
+        print(f"busy     load {load:.1f} on {block['cores']} cores: times, and even ratios, will be unsteady")
 
 
 def _print_choices(found: dict[str, Implementation], missing: dict[str, str]) -> None:

@@ -83,6 +83,11 @@ def free_bytes(device: torch.device) -> int | None:
     return left if free is None else min(free, left)
 
 
+def load() -> float:
+    """Return how many processes wanted a core in the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 class BandwidthMeter:
     """Measures the memory of a device with the best of several torch operations.
 

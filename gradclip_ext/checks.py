@@ -190,7 +190,8 @@ def writable(tensors: Sequence[Tensor]) -> None:
             )
         irregular = [] if all(map(Tensor.is_contiguous, tensors)) else list(tensors)
     for index, tensor in enumerate(irregular):
-        if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride())):
+        shared = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride()))
+        if shared and tensor.numel() > 0:
             raise RuntimeError(
                 f"gradient {index} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) is "
                 "expanded: more than one element refers to a single memory location, so it "

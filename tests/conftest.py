@@ -14,7 +14,7 @@ from gradclip_ext.backends import foreach
 hypothesis.settings.register_profile(
     "gradclip_ext",
     deadline=None,
-    max_examples=100,
+    max_examples=60,
     print_blob=True,
     # `backend` patches a function per test, not per example, and that is meant.
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
@@ -27,12 +27,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Casting complex values to real:UserWarning")
 
 
+SEED_LINE = f"seed of random inputs and of hypothesis: {SEED} (repeat with GRADCLIP_EXT_TEST_SEED={SEED})"
+
+
 def pytest_report_header() -> list[str]:
-    return [
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"CUDA {'available' if torch.cuda.is_available() else 'not available'}",
-        f"seed of random inputs and of hypothesis: {SEED} (repeat with GRADCLIP_EXT_TEST_SEED={SEED})",
-    ]
+    cuda = "available" if torch.cuda.is_available() else "not available"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA {cuda}", SEED_LINE]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not terminalreporter.showheader:  # with -q there was no header
+        terminalreporter.write_line(SEED_LINE)
 
 
 @pytest.fixture(autouse=True)

@@ -150,6 +150,17 @@ def test_interleaved_slices_share_a_range() -> None:
     assert foreach._share_memory([base[::2], base[1::2]])  # cautious: ranges, not elements
 
 
+def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """foreach=False where the host sees nothing: the loop and the strategy for accelerators together."""
+    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    for norm_type in (0.0, 0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
+        grads = [random(6, 4)[::2], random(7), random(5, dtype=torch.complex64), random(), random(0, 2)]
+        before = clones(grads)
+        norm = gradclip_ext.clip_grad_norm_([parameter(g) for g in grads], 0.5, norm_type, foreach=False)
+        oracle.assert_norm(norm, before, norm_type)
+        oracle.assert_scaled(grads, before, norm, 0.5)
+
+
 def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """One dtype and no gaps per launch; what is irregular goes alone and demotes nobody."""
     monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)

@@ -37,12 +37,14 @@ print(json.dumps({
 
 
 def test_import() -> None:
-    """One script, five processes: the time is the median, everything else must hold each time."""
-    runs = [json.loads(run_python("-c", SCRIPT, timeout=120)) for _ in range(5)]
+    """One script, three processes: the time is the median, everything else must hold each time."""
+    runs = [json.loads(run_python("-c", SCRIPT, timeout=120)) for _ in range(3)]
     for run in runs:
         assert run["patched"] == [], "importing must patch nothing"
         assert run["cuda"] is False, "importing must start no CUDA context"
-        assert run["warnings"] == [] and all(run["state"]), run
+        # A compiled module built for another torch is announced, and nothing else.
+        assert not [w for w in run["warnings"] if "falls back on torch operations" not in w], run
+        assert all(run["state"]), run
         assert not [m for m in run["modules"] if m.startswith(("torch.distributed", "triton", "numpy"))], run[
             "modules"
         ]
