@@ -17,10 +17,26 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: test bench lint format clean
+# A preloaded libasan is needed because Python itself is not built with it, and libstdc++ beside it
+# so that exceptions are intercepted; what Python never frees would be reported as leaks.
+SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED = env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize
+# Started through Python's -c, because `python -m pytest` would import the sources' own build first.
+SANITIZED_TESTS := test_core test_cpu_kernels test_clip_grad_norm test_clip_grad_value test_clamp_grad \
+  test_clip_grads_with_norm test_get_total_norm test_nonfinite test_bad_input test_bookkeeping
+
+.PHONY: test test-sanitize bench lint format clean
 
 test: $(READY)
 	$(RUN) -m pytest
+
+test-sanitize: $(READY)
+	rm -rf build/sanitize
+	GRADCLIP_EXT_BUILD=cpu CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	  $(RUN) -m pip install --quiet --no-build-isolation --no-deps --target build/sanitize .
+	$(SANITIZED) $(RUN) -c "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())" \
+	  $(SANITIZED_TESTS:%=tests/%.py) -p no:cacheprovider
 
 bench: $(READY)
 	$(RUN) -m benchmarks --quick

@@ -20,9 +20,10 @@ _CACHES = 3
 _MOST_TENSORS = 16_384
 # What the gate, a sweep and an implementation may need beyond the gradients.
 _SCRATCH_BYTES = 512 << 20
-# Elements looked at in float64 at a time: half a MiB stays in cache, and malloc keeps it for the next
-# chunk, where larger pieces go back to the system and cost a page fault every 4 KiB.
-_CHUNK = 1 << 16
+# Elements looked at in float64 at a time. On a CPU: what one thread does alone, because waiting for
+# another one thousands of times takes minutes on a busy machine, and small enough for malloc to keep
+# it for the next chunk, where larger pieces go back to the system and cost a page fault every 4 KiB.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 
 
 class Workload:
@@ -91,7 +92,7 @@ def needed_bytes(case: Case, dtype: str, cache_bytes: int) -> int:
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Yield flat pieces small enough to be looked at in float64 whatever the tensor's size."""
-    yield from tensor.view(-1).split(_CHUNK)
+    yield from tensor.view(-1).split(_CHUNK[tensor.device.type])
 
 
 def _copies(case: Case, size: int, cache_bytes: int) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
-from cases import Target, grads_of, random
+from cases import Target, cpu_backends, grads_of, random
 from oracle import parameter, torch_clip_grad_norm_
+from subprocesses import run_python
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +138,31 @@ def test_nothing_is_written_when_nothing_is_clipped(backend: Target) -> None:
     with WriteLog(grads_of(params)) as log:
         backend.clip_grad_value_(params, 1e-3)
     assert log.writes or backend.name != "foreach", "the log itself sees nothing"
+
+
+READ_ONLY_SCRIPT = """
+import math, mmap, sys, warnings
+import torch, gradclip_ext
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+with open(sys.argv[2], "rb") as file:
+    pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+grads = [torch.frombuffer(pages, dtype=d, count=20_000, offset=16) for d in (torch.float32, torch.bfloat16)]
+params = [torch.nn.Parameter(torch.empty_like(g)) for g in grads]
+for param, grad in zip(params, grads):
+    param.grad = grad
+for norm_type in (0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
+    norm = gradclip_ext.clip_grad_norm_(params, 1e30, norm_type, backend=sys.argv[1])
+    gradclip_ext.clip_grads_with_norm_(params, 1e30, norm, backend=sys.argv[1])
+    gradclip_ext.clip_grad_norm_(params, math.inf, norm_type, backend=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("name", cpu_backends())
+def test_memory_is_not_even_touched_when_nothing_is_clipped(name: str, tmp_path: Path) -> None:
+    """Gradients in pages that the system forbids to write: one store ends the process."""
+    pages = tmp_path / "gradients"
+    pages.write_bytes(random(30_000).numpy().tobytes())
+    run_python("-c", READ_ONLY_SCRIPT, name, str(pages), timeout=120)
 
 
 # ---------------------------------------------------------------- one memory, several entries
