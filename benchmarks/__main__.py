@@ -24,11 +24,11 @@ from benchmarks.suite import Record, Settings
 OUT = Path(__file__).parent / "out"
 # Seconds for one operation on one case, and dtypes, in a full run and in a quick one.
 _SECONDS, _QUICK_SECONDS = 3.0, 0.5
-_DTYPES = ["float32", "bfloat16"]
+_DTYPES, _QUICK_DTYPES = ["float32", "bfloat16"], ["float32"]
 
 _EXAMPLES = """examples:
   python -m benchmarks                              the default cases on the GPU, or on the CPU without one
-  python -m benchmarks --quick                      the same in under a minute, with fewer repeats
+  python -m benchmarks --quick                      the same in under a minute: float32, fewer repeats
   python -m benchmarks --list                       what --cases, --ops and --impls accept here
   python -m benchmarks --cases resnet-50 vit-b-16 --dtypes float32 float16
   python -m benchmarks --cases all --ops get_total_norm clip_grad_norm_:clipped
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_choices(found, missing)
             return 0
         cases = [CASES[name] for name in _chosen("case", arguments.cases, list(CASES))]
-        dtypes = _chosen("dtype", arguments.dtypes, list(workload.DTYPES))
+        dtypes = arguments.dtypes or (_QUICK_DTYPES if arguments.quick else _DTYPES)
+        dtypes = _chosen("dtype", dtypes, list(workload.DTYPES))
         operations = _operations(arguments.ops)
         chosen = _implementations(arguments.impls, found, missing)
         path = _results_path(arguments.json, device)
@@ -103,15 +104,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer repeats: under a minute on two cores that are idle")
+    add("--quick", action="store_true", help="float32, fewer repeats: under a minute on two idle cores")
     add("--list", action="store_true", help="print what can be measured here, and stop")
-    for option, default, note in (
-        ("--cases", DEFAULT_CASES, "shape lists"),
-        ("--dtypes", _DTYPES, "of the gradients"),
-        ("--ops", ["all"], "operation, or operation:state"),
-    ):
-        shown = " ".join(default)
-        add(option, nargs="+", metavar="NAME", default=default, help=f"{note}; all for all. Default: {shown}")
+    note = f"shape lists; all for all. Default: {' '.join(DEFAULT_CASES)}"
+    add("--cases", nargs="+", metavar="NAME", default=DEFAULT_CASES, help=note)
+    note = f"of the gradients; all for all. Default: {' '.join(_DTYPES)}"
+    add("--dtypes", nargs="+", metavar="NAME", help=note)
+    add(
+        "--ops",
+        nargs="+",
+        metavar="NAME",
+        default=["all"],
+        help="operation, or operation:state. Default: all",
+    )
     note = "torch, loop or a backend; torch is always measured along. Default: all but loop"
     add("--impls", nargs="+", metavar="NAME", help=note)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<index>. Default: auto")

@@ -144,12 +144,12 @@ READ_ONLY_SCRIPT = """
 import math, mmap, sys, warnings
 import torch, gradclip_ext
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
-with open(sys.argv[2], "rb") as file:
-    pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-grads = [torch.frombuffer(pages, dtype=d, count=20_000, offset=16) for d in (torch.float32, torch.bfloat16)]
-params = [torch.nn.Parameter(torch.empty_like(g)) for g in grads]
-for param, grad in zip(params, grads):
-    param.grad = grad
+params = []
+for path, dtype in zip(sys.argv[2:], (torch.float32, torch.bfloat16)):
+    with open(path, "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    params.append(torch.nn.Parameter(torch.empty(20_000, dtype=dtype)))
+    params[-1].grad = torch.frombuffer(pages, dtype=dtype)
 for norm_type in (0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
     norm = gradclip_ext.clip_grad_norm_(params, 1e30, norm_type, backend=sys.argv[1])
     gradclip_ext.clip_grads_with_norm_(params, 1e30, norm, backend=sys.argv[1])
@@ -160,9 +160,11 @@ for norm_type in (0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
 @pytest.mark.parametrize("name", cpu_backends())
 def test_memory_is_not_even_touched_when_nothing_is_clipped(name: str, tmp_path: Path) -> None:
     """Gradients in pages that the system forbids to write: one store ends the process."""
-    pages = tmp_path / "gradients"
-    pages.write_bytes(random(30_000).numpy().tobytes())
-    run_python("-c", READ_ONLY_SCRIPT, name, str(pages), timeout=120)
+    files = []
+    for dtype in (torch.float32, torch.bfloat16):
+        files.append(tmp_path / str(dtype))
+        files[-1].write_bytes(oracle.bits(random(20_000, dtype=dtype)).numpy().tobytes())
+    run_python("-c", READ_ONLY_SCRIPT, name, *map(str, files), timeout=120)
 
 
 # ---------------------------------------------------------------- one memory, several entries

@@ -23,10 +23,8 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 _ROW = 512
 # Elements converted to another dtype at a time: 4 MiB of float32 stay in cache.
 _PIECE = 1 << 20
-# Elements reduced without a copy at a time, and such results kept before they are added up:
-# together they bound the scratch memory to 32 MiB.
+# Elements reduced without a copy at a time: 128 KiB of row norms.
 _SPAN = 1 << 24
-_FOLD = 64
 # Up to this many elements, joining a tensor to its neighbours costs less than a call of its own.
 _SMALL = 1 << 14
 # A mean |x|^p below these may have lost terms to underflow: what float32 drops of one square is
@@ -98,15 +96,20 @@ def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     if math.isnan(p):
         return torch.tensor(math.nan)
     if p == 0.0:
-        return torch.tensor(float(sum(bool(t.any()) for t in tensors)))
+        return torch.tensor(float(sum(_has_nonzero(t) for t in tensors)))
     if math.isinf(p):
         return _extreme(tensors, p, small)
     total, numel = _sum_of_powers(tensors, p, small)
-    mean = total.item() / numel
+    mean = total / numel
     least = _LEAST_MEAN_FLOAT32 if p in (1.0, 2.0) else _LEAST_MEAN_FLOAT64
     if not least <= mean < math.inf:
         return _rescaled_norm(tensors, p, small)
-    return total.sqrt() if p == 2.0 else total.pow(1.0 / p)
+    return torch.tensor(total, dtype=torch.float64).pow(1.0 / p)
+
+
+def _has_nonzero(tensor: Tensor) -> bool:
+    # In pieces, because any() makes a mask of what it is asked about.
+    return any(bool(piece.any()) for piece in _pieces([tensor], _PIECE, 0))
 
 
 def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
@@ -120,41 +123,35 @@ def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     return pivot * total.pow(1.0 / p)
 
 
-def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> tuple[Tensor, int]:
-    """Return the sum of |x|^p as float64, and the number of elements."""
-    total = torch.zeros((), dtype=torch.float64)
-    numel = 0
-    partials: list[Tensor] = []
+def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> tuple[float, int]:
+    """Return the sum of |x|^p, and the number of elements.
+
+    What is kept from a piece is a Python number: a small tensor allocated beside a large
+    temporary one would hold the heap open and let it grow with every piece.
+    """
+    total, numel = 0.0, 0
     for span in _pieces(tensors, _SPAN, small):
         numel += span.numel()
         for piece in [span] if _reduces_in_place(span, p) else span.split(_PIECE):
-            partials += _partials(piece, p)
-        if len(partials) >= _FOLD:
-            total += _fold(partials, p)
-            partials = []
-    return (total + _fold(partials, p) if partials else total), numel
+            total += _sum_of_piece(piece, p)
+    return total, numel
 
 
 def _reduces_in_place(piece: Tensor, p: float) -> bool:
     return p == 2.0 and piece.dtype in (torch.float32, torch.float64)
 
 
-def _partials(piece: Tensor, p: float) -> list[Tensor]:
-    """Return 1-d tensors that _fold adds up: row norms for p = 2, row sums for p = 1, else one sum."""
+def _sum_of_piece(piece: Tensor, p: float) -> float:
     if _reduces_in_place(piece, p):
-        return [torch.linalg.vector_norm(rows, dim=1) for rows in _rows(piece)]
+        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in _rows(piece)]).double()
+        return torch.dot(norms, norms).item()
     if p == 2.0:
-        return _partials(piece.float(), p)
+        return _sum_of_piece(piece.float(), p)
     if p == 1.0:
-        magnitudes = piece.double() if piece.dtype == torch.float64 else piece.float()
-        return [rows.sum(dim=1) for rows in _rows(magnitudes.abs())]
+        magnitudes = (piece if piece.dtype == torch.float64 else piece.float()).abs()
+        return torch.cat([rows.sum(dim=1) for rows in _rows(magnitudes)]).double().sum().item()
     # Powers in float64: torch's float32 power is slower, and 1/p magnifies its error for small p.
-    return [piece.to(torch.float64, copy=True).abs_().pow_(p).sum().reshape(1)]
-
-
-def _fold(partials: list[Tensor], p: float) -> Tensor:
-    values = torch.cat(partials).double()
-    return torch.dot(values, values) if p == 2.0 else values.sum()
+    return piece.to(torch.float64, copy=True).abs_().pow_(p).sum().item()
 
 
 def _rows(flat: Tensor) -> Iterator[Tensor]:
@@ -168,13 +165,13 @@ def _rows(flat: Tensor) -> Iterator[Tensor]:
 def _extreme(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     """Return max |x| for p = inf or min |x| for p = -inf as float64; NaN if there is one."""
     found = []
-    for span in _pieces(tensors, _SPAN if p > 0 else _PIECE, small):
+    for piece in _pieces(tensors, _SPAN if p > 0 else _PIECE, small):
         if p > 0:
-            low, high = torch.aminmax(span)
-            found.append(torch.maximum(low.neg(), high).double())
+            low, high = torch.aminmax(piece)
+            found.append(torch.maximum(low.neg(), high).item())
         else:
-            found.append(span.abs().amin().double())
-    values = torch.stack(found)
+            found.append(piece.abs().amin().item())
+    values = torch.tensor(found, dtype=torch.float64)
     return values.amax() if p > 0 else values.amin()
 
 
