@@ -46,7 +46,7 @@ def test_like_torch(backend: Target, values: tuple, norm_type: float) -> None:
         norm = backend.clip_grad_norm_(params, 1.0, norm_type)
         oracle.assert_same_specials(norm.double(), theirs.double(), f"norm, {dtype}")
         if dtype.is_complex and norm.isfinite():
-            continue  # torch's complex product makes inf+0j times 1 inf+nanj; where nothing is written it stays
+            continue  # torch multiplies inf+0j by 1 to inf+nanj; where nothing is written it stays
         oracle.assert_scaled(grads, before, norm, 1.0, f"{dtype}")
         for grad, twin in zip(grads, twins):
             oracle.assert_same_specials(grad, twin.grad, f"{dtype}")
