@@ -50,8 +50,8 @@ def obstacles():
         cuda = f"torch {torch.__version__} is built without CUDA"
     if not cuda and find_toolkit() is None:
         cuda = "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME"
-    if not cuda and not any(ROOT.glob("csrc/cuda/*.cu")):
-        cuda = "this release has no CUDA sources"
+    if not cuda and not (ROOT / "csrc" / "bindings_cuda.cpp").is_file():
+        cuda = "the CUDA kernels are not bound to Python yet"
     return {"cpu": cpu, "cuda": cuda}
 
 

@@ -304,7 +304,7 @@ def clamp_grad_(
         serving = backends.choose(backend, None, _devices(grads))
         if checks.has_dispatch_subclass(grads):
             for grad in grads:
-                grad.clamp_(min, max)
+                grad.clamp_(low, high)
             return
         _clamp_(serving, grads, low, high)
 

@@ -224,7 +224,8 @@ def _copied_pieces(tensor: Tensor) -> Iterator[Tensor]:
         # complex128 first: |z| of a complex64 can exceed the largest float32.
         yield tensor.to(torch.complex128).abs().reshape(-1)
     else:
-        yield tensor.reshape(-1)
+        # A 1-d tensor with gaps is flat as it is, and torch sums such rows with fewer running sums.
+        yield tensor.reshape(-1).contiguous()
 
 
 def _flat_view(tensor: Tensor) -> Tensor | None:

@@ -1,0 +1,38 @@
+// KV: clamp every gradient to [min, max] in one pass.
+
+#pragma once
+
+#include "walk.cuh"
+
+namespace gradclip::cuda {
+
+__device__ inline void round_bound(double bound, double& out) { out = bound; }
+template <typename T>
+__device__ void round_bound(double bound, T& out) {
+  from_float(static_cast<float>(bound), out);
+}
+
+/// Contract: kThreads threads, any grid, any dtypes; the bounds fit every dtype in the table and
+/// are rounded to it. Stores only vectors that changed: N bytes where nothing exceeds, at most 2N.
+template <typename Table>
+__global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constant__ Table table,
+                                                            const double min, const double max) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Run run(table.chunks(), blockIdx.x, gridDim.x);
+  for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
+    const Share share(chunk, length * item_size(dtype), warp);
+    visit<true>(dtype, data, length, [&](auto* x, int n) {
+      using T = std::remove_reference_t<decltype(*x)>;
+      T low, high;
+      round_bound(min, low);
+      round_bound(max, high);
+      change_tiles(x, n, share.first, share.stride, lane, [&](T& item) {
+        const bool below = item<low, above = item> high;  // both false for NaN, which stays
+        item = below ? low : above ? high : item;
+        return below || above;
+      });
+    });
+  });
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,90 @@
+// How a block finds its work: a contiguous run of the launch's chunks.
+
+#pragma once
+
+#include "grad_list.h"
+#include "vec.cuh"
+
+namespace gradclip::cuda {
+
+// Programmatic dependent launch, sm_90 and later: blocks of the scale kernel move in as blocks of
+// the norm kernel leave, instead of after the last of them. On other GPUs both do nothing, and
+// plain stream order holds.
+
+/// To be called when a block has done its streaming.
+__device__ inline void let_next_kernel_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+/// To be called before reading anything that the previous kernel wrote.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+/// The chunks [begin, end) of block `block` out of `blocks`; run lengths differ by one at most.
+struct Run {
+  int64_t begin;
+  int64_t end;
+  __device__ Run(int64_t chunks, int64_t block, int64_t blocks)
+      : begin(chunks * block / blocks), end(chunks * (block + 1) / blocks) {}
+};
+
+/// Tells which tiles of a chunk are this warp's: warp, warp + stride, warp + 2 * stride ...
+///
+/// A chunk of one tile belongs whole to one warp, picked by the chunk's index, so that the warps
+/// of a block work on many small tensors at a time instead of seven of them waiting for one.
+struct Share {
+  int first;
+  int stride;
+  __device__ Share(int64_t chunk, int64_t chunk_bytes, int warp)
+      : first(chunk_bytes <= kTileBytes ? (chunk % kWarps == warp ? 0 : 1) : warp),
+        stride(kWarps) {}
+};
+
+/// Calls `work(data, length)` with a chunk's address in its own element type.
+template <bool kWithFloat64, typename Work>
+__device__ void visit(DType dtype, char* data, int64_t length, Work&& work) {
+  const int n = static_cast<int>(length);
+  switch (dtype) {
+    case DType::kFloat32:
+      work(reinterpret_cast<float*>(data), n);
+      break;
+    case DType::kBFloat16:
+      work(reinterpret_cast<__nv_bfloat16*>(data), n);
+      break;
+    case DType::kFloat16:
+      work(reinterpret_cast<__half*>(data), n);
+      break;
+    case DType::kFloat64:
+      if constexpr (kWithFloat64) work(reinterpret_cast<double*>(data), n);
+      break;
+  }
+}
+
+/// Calls `work(chunk, dtype, data, length)` for every chunk of the run, forwards or backwards;
+/// `chunk` counts from the launch's first. One binary search, then a step at a time.
+template <bool kBackwards, typename Table, typename Work>
+__device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) {
+  if (run.begin == run.end) return;
+  int64_t tensor =
+      tensor_of(table.chunk_prefix, table.tensors, kBackwards ? run.end - 1 : run.begin);
+  for (int64_t step = 0; step < run.end - run.begin; ++step) {
+    const int64_t chunk = kBackwards ? run.end - 1 - step : run.begin + step;
+    if constexpr (kBackwards) {
+      while (chunk < table.chunk_prefix[tensor]) --tensor;
+    } else {
+      while (chunk >= table.chunk_prefix[tensor + 1]) ++tensor;
+    }
+    const DType dtype = table.dtype(tensor);
+    const Chunk part = chunk_of(tensor, chunk - table.chunk_prefix[tensor], table.numel(tensor),
+                                chunk_numel(dtype, kChunkBytes));
+    char* data = static_cast<char*>(table.data[tensor]) + part.offset * item_size(dtype);
+    work(chunk, dtype, data, part.length);
+  }
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,102 @@
+"""What nvcc makes of the CUDA kernels: registers, spills, and loads in flight. Needs no GPU.
+
+A performance property that nobody looks at is lost with the next compiler: `#pragma unroll 8`
+over 16-byte loads alone leaves 4 in flight.
+"""
+
+import re
+import subprocess
+
+import pytest
+from toolkit import ROOT, find_cuobjdump, find_toolkit
+
+ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
+# Kernels per table size: three norms in float32, one in float64, scale, clamp.
+KERNELS_PER_TABLE = 6
+TABLES = 2
+MAX_REGISTERS = {"norm_kernel": 64, "norm_wide_kernel": 128, "scale_kernel": 128, "clamp_kernel": 128}
+TOOLKIT = find_toolkit()
+
+pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit on this machine")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(arch) -> (cubin, what ptxas said), each architecture once."""
+    folder = tmp_path_factory.mktemp("cubin")
+    done = {}
+
+    def compile_for(arch):
+        if arch not in done:
+            cubin = folder / f"sm_{arch}.cubin"
+            flags = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-cubin", "-I", ROOT / "csrc"]
+            target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", cubin]
+            command = [TOOLKIT / "bin" / "nvcc", *flags, *target, ROOT / "csrc" / "cuda" / "launch.cu"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "Unsupported gpu architecture" in result.stderr:
+                pytest.skip(f"this toolkit does not know sm_{arch}")
+            assert result.returncode == 0, result.stderr
+            done[arch] = cubin, result.stderr
+        return done[arch]
+
+    return compile_for
+
+
+def resources(report):
+    """Yield (kernel, registers, bytes spilled) for every kernel that ptxas reports."""
+    pattern = (
+        r"Compiling entry function '\w*?\d+([a-z_]+_kernel)\w+' for.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    for match in re.finditer(pattern, report, re.DOTALL):
+        kernel, stores, loads, registers = match.groups()
+        yield kernel, int(registers), int(stores) + int(loads)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_and_spills(compiled, arch):
+    _, report = compiled(arch)
+    found = list(resources(report))
+    assert len(found) == KERNELS_PER_TABLE * TABLES, report
+    for kernel, registers, spilled in found:
+        assert spilled == 0, f"{kernel} spills {spilled} bytes on sm_{arch}"
+        assert registers <= MAX_REGISTERS[kernel], f"{kernel} takes {registers} registers on sm_{arch}"
+    # A function called from a kernel may spill, too.
+    assert not re.search(r"[1-9]\d* bytes spill", report), report
+
+
+def longest_bursts(listing, kernel):
+    """Return, for each instance of a kernel in a SASS listing, its runs of 128-bit loads.
+
+    A run is broken by whatever is not a load or the integer arithmetic of its address.
+    """
+    instances = re.split(r"Function : ", listing)[1:]
+    for text in (t for t in instances if kernel in t.split("\n", 1)[0]):
+        runs, run = [], 0
+        for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", text):
+            if opcode.startswith("LDG") and ".128" in opcode:
+                run += 1
+            elif not opcode.startswith(("IADD", "IMAD", "LEA", "MOV", "UMOV", "NOP", "VIADD")):
+                runs, run = [*runs, run], 0
+        yield sorted([*runs, run], reverse=True)
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_the_norm_kernels_keep_eight_loads_in_flight(compiled, arch):
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit nor Triton's wheel has one here")
+    cubin, _ = compiled(arch)
+    listing = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    bursts = list(longest_bursts(listing, "11norm_kernel"))
+    assert len(bursts) == 3 * TABLES, f"{len(bursts)} norm kernels found in the SASS"
+    for runs in bursts:
+        # One main loop for each of float32, bfloat16 and float16.
+        assert runs[:3] == [8, 8, 8], f"runs of 128-bit loads on sm_{arch}: {runs[:6]}"
+
+
+def test_the_reader_of_sass_can_fail():
+    line = "        /*0a00*/                   {} ;\n"
+    loads = line.format("LDG.E.128.CONSTANT R4, desc[UR4][R2.64]")
+    listing = "Function : x11norm_kernel\n" + loads * 4 + line.format("FFMA R1, R4, R4, R1") + loads * 4
+    assert list(longest_bursts(listing, "11norm_kernel")) == [[4, 4]]

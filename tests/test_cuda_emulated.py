@@ -1,0 +1,185 @@
+"""The CUDA kernels' logic, run on the CPU by cuda_emulator/: needs the toolkit's headers, no GPU.
+
+What a GPU decides (speed, memory order between blocks) is not tested here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+
+import pytest
+import torch
+from toolkit import ROOT, find_toolkit
+
+from gradclip_ext import reference
+
+TOOLKIT = find_toolkit()
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum DType
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK_BYTES = 65536
+# A norm of exactly representable float32 inputs: 2.4e-7 at worst by reduce.cuh, and the result is
+# rounded to float32 once.
+NORM_TOLERANCE = 3e-7
+
+pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA headers on this machine")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulator") / "kernels.so"
+    source = ROOT / "tests" / "cuda_emulator" / "kernels.cpp"
+    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    includes = ["-I", ROOT / "csrc", "-I", TOOLKIT / "include"]
+    subprocess.run(["g++", *flags, *includes, source, "-o", library], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulated_chunks.restype = ctypes.c_int64
+    return loaded
+
+
+def as_arguments(tensors):
+    count = len(tensors)
+    return (
+        ctypes.c_int64(count),
+        (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors]),
+        (ctypes.c_int64 * count)(*[t.numel() for t in tensors]),
+        (ctypes.c_int * count)(*[DTYPES[t.dtype] for t in tensors]),
+    )
+
+
+def address(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def norm(kernels, tensors, p=2.0, *, max_norm=1.0, blocks=3, first_block=0):
+    """Return (total_norm, clip_coef); scratch memory is poisoned with NaN before."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    listed = as_arguments(tensors)
+    partials = torch.full((2 * kernels.emulated_chunks(*listed),), math.nan, dtype=torch.float64)
+    results = torch.full((2,), math.nan, dtype=torch.float64 if wide else torch.float32)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    kernels.emulated_norm(
+        *listed, ctypes.c_double(p), ctypes.c_double(max_norm), int(wide), blocks, first_block,
+        address(partials), address(ticket), address(results),
+    )  # fmt: skip
+    assert ticket.item() == 0, "the ticket is not ready for the next launch"
+    return results[0].item(), results[1].item()
+
+
+def scale_(kernels, tensors, coef, blocks=3):
+    wide = coef.dtype == torch.float64
+    kernels.emulated_scale(*as_arguments(tensors), address(coef), int(wide), blocks)
+
+
+def clamp_(kernels, tensors, low, high, blocks=3):
+    bounds = ctypes.c_double(low), ctypes.c_double(high)
+    kernels.emulated_clamp(*as_arguments(tensors), *bounds, blocks)
+
+
+def gradients(dtypes, sizes=(1, 0, 63, 1000, 4097, 16384, 33000)):
+    """One tensor per size, dtypes in turn, every third one not aligned to 16 bytes."""
+    made = []
+    for index, size in enumerate(sizes):
+        shift = 1 if index % 3 == 2 else 0
+        values = torch.randn(size + shift) * torch.empty(size + shift).uniform_(-2, 2).exp()
+        made.append(values.to(dtypes[index % len(dtypes)])[shift:])
+    return made
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 0.5, 3.0, 50.0])
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [HALVES, tuple(DTYPES)], ids=str)
+def test_norm(kernels, dtypes, p):
+    tensors = gradients(dtypes)
+    total, coef = norm(kernels, tensors, p, max_norm=0.5)
+    expected = reference.total_norm(tensors, p)
+    assert total == pytest.approx(expected, rel=NORM_TOLERANCE)
+    assert coef == pytest.approx(reference.clip_coef(0.5, total), rel=2e-7)
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_the_bits_do_not_depend_on_the_grid_or_on_which_block_is_last(kernels, p):
+    tensors = gradients(HALVES, sizes=[70000, 5, 64, 33000, 1, 20000])
+    first = norm(kernels, tensors, p, blocks=1)
+    assert norm(kernels, tensors, p, blocks=4, first_block=2) == first
+    assert norm(kernels, tensors, p, blocks=7, first_block=6) == first
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_bits_do_not_depend_on_alignment(kernels, dtype):
+    values = torch.randn(20001).to(dtype)
+    shifted = torch.zeros(20002, dtype=dtype)[1:].copy_(values)
+    assert values.data_ptr() % 16 == 0 != shifted.data_ptr() % 16
+    assert norm(kernels, [values]) == norm(kernels, [shifted])
+
+
+def test_more_tensors_than_a_launch_holds(kernels):
+    tensors = [torch.randn(1 + i % 70) for i in range(100)]  # 16 a launch in the emulator
+    assert norm(kernels, tensors)[0] == pytest.approx(reference.total_norm(tensors), rel=NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_inf(kernels, dtype, p):
+    for bad in (math.nan, math.inf, -math.inf):
+        for position in (0, 2999):
+            tensors = [torch.randn(50).to(dtype), torch.randn(3000).to(dtype)]
+            tensors[1][position] = bad
+            total, coef = norm(kernels, tensors, p)
+            if math.isnan(bad):
+                assert math.isnan(total)
+                assert math.isnan(coef)
+            else:
+                assert total == math.inf
+                assert coef == 0.0
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-25, 1e-42])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_what_leaves_the_range_of_float32(kernels, p, size):
+    tensors = [torch.rand(5000) * size, torch.zeros(3000), torch.rand(17) * size]
+    expected = reference.total_norm(tensors, p)
+    # Below 1e-38 a float32 result has few digits left.
+    assert norm(kernels, tensors, p)[0] == pytest.approx(expected, rel=1e-6, abs=1.5e-45)
+
+
+def test_large_and_small_chunks_together(kernels):
+    tensors = [torch.full((40000,), 1e-25), torch.full((100,), 1e25)]
+    assert norm(kernels, tensors)[0] == pytest.approx(1e26, rel=NORM_TOLERANCE)
+
+
+def test_zeros(kernels):
+    assert norm(kernels, [torch.zeros(5000), torch.zeros(3)]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [tuple(DTYPES)], ids=str)
+@pytest.mark.parametrize("coef_dtype", [torch.float32, torch.float64], ids=str)
+def test_scale(kernels, dtypes, coef_dtype):
+    tensors = gradients(dtypes)
+    coef = torch.tensor(0.12345678901, dtype=coef_dtype)
+    expected = [torch._foreach_mul([t], coef)[0] for t in tensors]
+    scale_(kernels, tensors, coef)
+    for ours, wanted in zip(tensors, expected):
+        assert torch.equal(ours, wanted)
+
+
+def test_a_coefficient_of_one_writes_nothing_and_nan_writes_nan(kernels):
+    tensor = torch.randn(5000)
+    before = tensor.clone()
+    scale_(kernels, [tensor], torch.tensor(1.0))
+    assert torch.equal(tensor, before)
+    scale_(kernels, [tensor], torch.tensor(math.nan))
+    assert tensor.isnan().all()
+
+
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [tuple(DTYPES)], ids=str)
+@pytest.mark.parametrize("bounds", [(-0.3, 0.7), (-math.inf, 0.1), (0.0, math.inf), (-100.0, 100.0)])
+def test_clamp(kernels, dtypes, bounds):
+    tensors = gradients(dtypes)
+    tensors[3][7] = math.nan
+    tensors[4][:2] = torch.tensor([math.inf, -math.inf])
+    expected = [t.clamp(*bounds) for t in tensors]
+    clamp_(kernels, tensors, *bounds)
+    for ours, wanted in zip(tensors, expected):
+        assert torch.equal(ours.isnan(), wanted.isnan())
+        assert torch.equal(ours.nan_to_num(), wanted.nan_to_num())
