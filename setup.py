@@ -3,11 +3,13 @@
 GRADCLIP_EXT_BUILD=auto|cuda|cpu|none (default auto): auto builds what torch, the compiler and
 the toolkit allow and says what it left out; a choice that cannot be built is an error.
 CUDA sources depend on a toolkit being installed, never on a GPU being visible.
-TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
+TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected; without the first, the visible GPUs decide, and
+without any, all architectures below that the toolkit knows, with PTX for what comes after them.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "cuda", "cpu", "none")
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def find_toolkit():
@@ -51,9 +54,22 @@ def obstacles():
         cuda = f"torch {torch.__version__} is built without CUDA"
     if not cuda and find_toolkit() is None:
         cuda = "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME"
-    if not cuda and not (ROOT / "csrc" / "bindings_cuda.cpp").is_file():
-        cuda = "the CUDA kernels are not bound to Python yet"
     return {"cpu": cpu, "cuda": cuda}
+
+
+def cuda_architectures():
+    """Return what to compile for: TORCH_CUDA_ARCH_LIST, else the visible GPUs, else all in use today."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        return asked
+    import torch
+
+    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if visible:
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+    nvcc = [find_toolkit() / "bin" / "nvcc", "--list-gpu-arch"]
+    known = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout.split()
+    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
 
 
 def choose_mode():
@@ -85,12 +101,16 @@ class BuildPy(build_py):
 
 def extension(mode):
     """Return setup()'s arguments for the extension module of this mode."""
-    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
-    if mode == "none" or not sources:
+    if mode == "none":
         return {"cmdclass": {"build_py": BuildPy}}
-    if mode == "cuda":  # set before the import: torch settles on a toolkit when it is loaded
-        os.environ["CUDA_HOME"] = str(find_toolkit())
-        sources += ROOT.glob("csrc/cuda/*.cu")
+    sources = {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")}
+    architectures = None
+    if mode == "cuda":
+        sources |= {*ROOT.glob("csrc/cuda/*.cu")}
+        os.environ["CUDA_HOME"] = str(find_toolkit())  # cpp_extension reads both when it is imported
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = cuda_architectures()
+    else:
+        sources -= {*ROOT.glob("csrc/*_cuda.cpp")}
     import torch
     from torch.utils import cpp_extension
 
@@ -100,7 +120,9 @@ def extension(mode):
             super().run()
             folder = Path(self.get_ext_fullpath("gradclip_ext._C")).parent
             cuda = torch.version.cuda if mode == "cuda" else None
-            (folder / "_build_info.py").write_text(f"TORCH = {torch.__version__!r}\nCUDA = {cuda!r}\n")
+            facts = {"TORCH": torch.__version__, "CUDA": cuda, "ARCHITECTURES": architectures}
+            lines = (f"{name} = {value!r}\n" for name, value in facts.items())
+            (folder / "_build_info.py").write_text("".join(lines))
 
     make = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
     flags = {"cxx": ["-O3", "-std=c++17", "-fopenmp"], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}

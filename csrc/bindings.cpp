@@ -1,5 +1,5 @@
-// gradclip_ext._C: the one crossing from Python to the kernels, and the only file that includes
-// torch.
+// gradclip_ext._C: the one crossing from Python to the kernels. The files of the bindings (this one,
+// gradients.h, bindings_cuda.*) are the only ones that include torch.
 //
 // A function here checks its whole list before it touches the first element. What the kernels do
 // not handle is handed back untouched, and the general path in Python takes over: it serves the
@@ -7,158 +7,18 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
 #include <limits>
-#include <numeric>
-#include <optional>
-#include <utility>
-#include <vector>
+#include <string>
 
+#include "bindings_cuda.h"
 #include "cpu/verbs.h"
-#include "grad_list.h"
+#include "gradients.h"
 #include "testing.h"
 
+namespace gradclip::bindings {
 namespace {
-
-using gradclip::DType;
-namespace cpu = gradclip::cpu;
-
-// ---------------------------------------------------------------- what the kernels take
-
-/// Tells whether `keys` are among `allowed`. (Their operator- keeps the bits of devices.)
-bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
-  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
-}
-
-/// Tells whether something in this thread (a dispatch mode, functorch, a tracer) follows the
-/// operations that torch runs: the kernels would escape it.
-bool operations_are_followed() {
-  constexpr auto ordinary = c10::default_included_set | c10::autocast_dispatch_keyset;
-  return !within(c10::impl::tls_local_dispatch_key_set().included_, ordinary);
-}
-
-/// Tells whether a tensor is CPU memory and nothing else. Whatever else a tensor can be (sparse, a
-/// lazy conjugate, a Python subclass, wrapped by functorch, on another device) adds a key.
-bool is_plain(const c10::TensorImpl& tensor) {
-  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                       c10::DispatchKey::AutocastCPU,
-                                       c10::DispatchKey::ADInplaceOrView});
-  return within(tensor.key_set(), plain);
-}
-
-std::optional<DType> kernel_dtype(const c10::TensorImpl& tensor) {
-  switch (c10::typeMetaToScalarType(tensor.dtype())) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
-enum class Access { kRead, kWrite };
-enum class Source { kTensors, kParameters };
-
-using Tensors = std::vector<c10::TensorImpl*>;
-
-/// The tensors of a Python list, or the gradients of its parameters that have one; nothing if an
-/// element is not exactly a Tensor or Parameter. Runs no Python code, so nothing changes meanwhile.
-std::optional<Tensors> unpack(const py::list& listed, Source source) {
-  if (operations_are_followed()) return std::nullopt;
-  const Py_ssize_t count = PyList_GET_SIZE(listed.ptr());
-  Tensors tensors;
-  tensors.reserve(static_cast<size_t>(count));
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* object = PyList_GET_ITEM(listed.ptr(), i);
-    if (!THPVariable_CheckExact(object)) return std::nullopt;
-    const at::Tensor& tensor = THPVariable_Unpack(object);
-    c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-    if (source == Source::kParameters) {
-      const at::Tensor& grad = impl->grad();
-      if (!grad.defined()) {
-        if (tensor.is_leaf()) continue;
-        return std::nullopt;  // reading the .grad of any other warns
-      }
-      impl = grad.unsafeGetTensorImpl();
-    }
-    tensors.push_back(impl);
-  }
-  return tensors;
-}
-
-/// The gradients of one call. Their parameters own them, which is enough while the GIL is held.
-struct Gradients {
-  gradclip::GradList list{cpu::kChunkBytes};
-  Tensors tensors;
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> held;
-
-  /// Adds a tensor, or tells that the kernels do not take it.
-  bool add(c10::TensorImpl* tensor, Access access) {
-    const std::optional<DType> dtype = kernel_dtype(*tensor);
-    if (!dtype || !is_plain(*tensor) || !tensor->is_non_overlapping_and_dense()) return false;
-    const bool write = access == Access::kWrite;
-    if (write && tensor->is_inference()) return false;
-    void* data = write ? tensor->mutable_data() : const_cast<void*>(tensor->data());
-    const int64_t numel = tensor->numel();
-    if (numel != 0 && data == nullptr) return false;
-    list.add(data, numel, *dtype);
-    tensors.push_back(tensor);
-    return true;
-  }
-
-  void reserve(size_t count) {
-    list.reserve(static_cast<int64_t>(count));
-    tensors.reserve(count);
-  }
-
-  /// As torch's in-place operations do: a backward that saved a gradient relies on it.
-  void bump_versions() const {
-    for (c10::TensorImpl* tensor : tensors) tensor->bump_version();
-  }
-
-  bool has_float64() const { return list.holds(DType::kFloat64); }
-};
-
-/// All gradients of a list, or nothing if the kernels do not take one of them or if two share
-/// memory: gradients listed twice count once, which the general path sees to.
-std::optional<Gradients> take_all(const py::list& listed, Source source, Access access) {
-  const std::optional<Tensors> tensors = unpack(listed, source);
-  if (!tensors) return std::nullopt;
-  std::optional<Gradients> taken(std::in_place);
-  taken->reserve(tensors->size());
-  for (c10::TensorImpl* tensor : *tensors) {
-    if (!taken->add(tensor, access)) return std::nullopt;
-  }
-  if (aliasing(taken->list) != gradclip::Aliasing::kNone) return std::nullopt;
-  return taken;
-}
-
-/// Lets other Python threads run, for lists that take a while. They may drop their gradients, so
-/// from here on these are referenced; two atomic operations each, as long as a small tensor takes.
-class ReleaseGil {
- public:
-  explicit ReleaseGil(Gradients& gradients) {
-    if (gradients.list.bytes() <= cpu::kSerialBytes) return;
-    gradients.held.reserve(gradients.tensors.size());
-    for (c10::TensorImpl* tensor : gradients.tensors) {
-      gradients.held.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
-    }
-    released_.emplace();
-  }
-
- private:
-  std::optional<py::gil_scoped_release> released_;
-};
 
 // ---------------------------------------------------------------- threads and numbers
 
@@ -169,15 +29,15 @@ cpu::Threads torch_threads() {
           }};
 }
 
-/// A new 0-d tensor.
-py::object scalar_tensor(double value, bool float64) {
+/// A new 0-d tensor on the CPU.
+at::Tensor scalar_tensor(double value, bool float64) {
   at::Tensor result(at::detail::empty_cpu({}, float64 ? at::kDouble : at::kFloat));
   if (float64) {
     *result.mutable_data_ptr<double>() = value;
   } else {
     *result.mutable_data_ptr<float>() = static_cast<float>(value);
   }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(result));
+  return result;
 }
 
 /// min(1, max_norm / (total_norm + 1e-6)) by the operations of clip.py and in the precision of the
@@ -194,9 +54,11 @@ double clip_coef(double total_norm, bool float64, double max_norm) {
                  : clip_coef<float>(static_cast<float>(total_norm), max_norm);
 }
 
-/// Multiplies by the coefficient; writes nothing if it is 1 or more.
-void scale(const Gradients& gradients, double coef) {
-  if (!(coef >= 1)) cpu::scale(gradients.list, coef, torch_threads());
+/// The same where the norm lives: on a GPU nothing waits for it.
+at::Tensor clip_coef(const at::Tensor& total_norm, double max_norm) {
+  const bool float64 = total_norm.scalar_type() == at::kDouble;
+  if (total_norm.is_cuda()) return on_cuda::clip_coef(total_norm, max_norm);
+  return scalar_tensor(clip_coef(total_norm.item<double>(), float64, max_norm), true);
 }
 
 /// Tells whether the kernels know the norm of this order. The others are minima or counts.
@@ -210,144 +72,208 @@ bool is_representable(const Gradients& gradients, double bound) {
       {DType::kFloat32, std::numeric_limits<float>::max()},
   };
   for (const auto& [dtype, largest] : kLargest) {
-    if (gradients.list.holds(dtype) && std::isfinite(bound) && std::abs(bound) > largest) {
+    if (gradients.holds(dtype) && std::isfinite(bound) && std::abs(bound) > largest) return false;
+  }
+  return true;
+}
+
+// ---------------------------------------------------------------- verbs, by device
+
+/// Returns the norm and whether the gradients were left alone because it is not finite.
+std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_type,
+                                       double max_norm, bool error_if_nonfinite) {
+  const GradList& list = gradients.list;
+  const bool float64 = gradients.holds(DType::kFloat64);
+  if (gradients.device.is_cuda()) {
+    return on_cuda::clip_norm_(list, gradients.device, norm_type, float64, max_norm,
+                               error_if_nonfinite);
+  }
+  const double norm = cpu::norm(list, norm_type, torch_threads());
+  const bool refused =
+      error_if_nonfinite && !std::isfinite(float64 ? norm : static_cast<float>(norm));
+  const double coef = clip_coef(norm, float64, max_norm);
+  if (!refused && !(coef >= 1)) cpu::scale(list, coef, torch_threads());
+  return {scalar_tensor(norm, float64), refused};
+}
+
+at::Tensor norm_of(const Gradients& gradients, double norm_type, bool float64) {
+  const GradList& list = gradients.list;
+  if (gradients.device.is_cuda()) return on_cuda::norm(list, gradients.device, norm_type, float64);
+  return scalar_tensor(cpu::norm(list, norm_type, torch_threads()), float64);
+}
+
+/// Multiplies by a coefficient on the device of the gradients; writes nothing if it is 1 or more.
+void scale(const Gradients& gradients, const at::Tensor& clip_coef) {
+  if (gradients.device.is_cuda()) {
+    return on_cuda::scale_(gradients.list, gradients.device, clip_coef);
+  }
+  const double coef = clip_coef.item<double>();
+  if (!(coef >= 1)) cpu::scale(gradients.list, coef, torch_threads());
+}
+
+void clamp(const Gradients& gradients, double min, double max) {
+  if (gradients.device.is_cuda()) {
+    return on_cuda::clamp_(gradients.list, gradients.device, min, max);
+  }
+  cpu::clamp(gradients.list, min, max, torch_threads());
+}
+
+// ---------------------------------------------------------------- what Python sees
+
+/// The device types to which a backend asked for by name is limited.
+enum class Serves { kAny, kCpu, kCuda };
+
+py::object to_python(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+/// The kernels of one device type or, choosing by where the gradients are, of any.
+class Kernels {
+ public:
+  explicit Kernels(Serves serves) : serves_(serves) {}
+
+  /// Returns the norm, or None if the call was not for the kernels. With error_if_nonfinite, a norm
+  /// that is not finite is returned before anything has changed.
+  py::object clip_grad_norm_(const py::list& parameters, double max_norm, double norm_type,
+                             bool error_if_nonfinite) const {
+    if (!has_kernel(norm_type)) return py::none();
+    auto gradients = take(parameters, Source::kParameters, Access::kWrite);
+    if (!gradients) return py::none();
+    std::pair<at::Tensor, bool> norm_and_refused;
+    {
+      const ReleaseGil release(*gradients);
+      norm_and_refused = clip_norm_(*gradients, norm_type, max_norm, error_if_nonfinite);
+    }
+    const auto& [norm, refused] = norm_and_refused;
+    if (!refused) gradients->bump_versions();
+    return to_python(norm);
+  }
+
+  /// Returns the norm, or None if the call was not for the kernels.
+  py::object get_total_norm(const py::list& tensors, double norm_type) const {
+    if (!has_kernel(norm_type)) return py::none();
+    auto taken = take(tensors, Source::kTensors, Access::kRead);
+    if (!taken) return py::none();
+    at::Tensor norm;
+    {
+      const ReleaseGil release(*taken);
+      norm = norm_of(*taken, norm_type, taken->holds(DType::kFloat64));
+    }
+    return to_python(norm);
+  }
+
+  /// Returns whether the call was for the kernels.
+  bool clip_grads_with_norm_(const py::list& parameters, double max_norm,
+                             const py::object& norm) const {
+    if (!THPVariable_CheckExact(norm.ptr())) return false;
+    const at::Tensor& total_norm = THPVariable_Unpack(norm.ptr());
+    const c10::TensorImpl& impl = *total_norm.unsafeGetTensorImpl();
+    if (!is_plain(impl, impl.device_type()) || !kernel_dtype(impl) || total_norm.dim() != 0) {
       return false;
     }
+    auto gradients = take(parameters, Source::kParameters, Access::kWrite);
+    if (!gradients || gradients->device != total_norm.device()) return false;
+    {
+      const ReleaseGil release(*gradients);
+      if (!std::isinf(max_norm)) scale(*gradients, clip_coef(total_norm, max_norm));
+    }
+    gradients->bump_versions();
+    return true;
   }
-  return true;
-}
 
-// ---------------------------------------------------------------- public functions, whole
-
-/// Returns the norm, or None if the call was not for the kernels. With error_if_nonfinite, a norm
-/// that is not finite is returned before anything has changed.
-py::object clip_grad_norm_(const py::list& parameters, double max_norm, double norm_type,
-                           bool error_if_nonfinite) {
-  if (!has_kernel(norm_type)) return py::none();
-  auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
-  if (!gradients) return py::none();
-  const bool float64 = gradients->has_float64();
-  double norm;
-  bool refused;
-  {
-    const ReleaseGil release(*gradients);
-    norm = cpu::norm(gradients->list, norm_type, torch_threads());
-    refused = error_if_nonfinite && !std::isfinite(float64 ? norm : static_cast<float>(norm));
-    if (!refused) scale(*gradients, clip_coef(norm, float64, max_norm));
+  /// Returns whether the call was for the kernels.
+  bool clamp_grad_(const py::list& parameters, double min, double max) const {
+    auto gradients = take(parameters, Source::kParameters, Access::kWrite);
+    if (!gradients || !is_representable(*gradients, min) || !is_representable(*gradients, max)) {
+      return false;
+    }
+    {
+      const ReleaseGil release(*gradients);
+      clamp(*gradients, min, max);
+    }
+    gradients->bump_versions();
+    return true;
   }
-  if (!refused) gradients->bump_versions();
-  return scalar_tensor(norm, float64);
-}
 
-/// Returns the norm, or None if the call was not for the kernels.
-py::object get_total_norm(const py::list& tensors, double norm_type) {
-  if (!has_kernel(norm_type)) return py::none();
-  auto taken = take_all(tensors, Source::kTensors, Access::kRead);
-  if (!taken) return py::none();
-  double norm;
-  {
-    const ReleaseGil release(*taken);
-    norm = cpu::norm(taken->list, norm_type, torch_threads());
+  /// Returns the float64 norm of the tensors that the kernels take, None if they take none, and the
+  /// indices of the others.
+  py::tuple norm(const py::list& tensors, double norm_type) const {
+    auto [taken, left] = take_some(tensors, Access::kRead);
+    if (!is_served(taken)) return py::make_tuple(py::none(), all_of(tensors));
+    at::Tensor norm;
+    {
+      const ReleaseGil release(taken);
+      norm = norm_of(taken, norm_type, true);
+    }
+    return py::make_tuple(to_python(norm), left);
   }
-  return scalar_tensor(norm, taken->has_float64());
-}
 
-/// Returns whether the call was for the kernels.
-bool clip_grads_with_norm_(const py::list& parameters, double max_norm, const py::object& norm) {
-  if (!THPVariable_CheckExact(norm.ptr())) return false;
-  const at::Tensor& total_norm = THPVariable_Unpack(norm.ptr());
-  const c10::TensorImpl& impl = *total_norm.unsafeGetTensorImpl();
-  if (!is_plain(impl) || !kernel_dtype(impl) || total_norm.dim() != 0) return false;
-  auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
-  if (!gradients) return false;
-  const bool float64 = total_norm.scalar_type() == at::kDouble;
-  const double coef = clip_coef(total_norm.item<double>(), float64, max_norm);
-  {
-    const ReleaseGil release(*gradients);
-    scale(*gradients, coef);
+  /// Returns the indices of the tensors that the kernels do not take. The coefficient is 0-d, float32
+  /// or float64, and on the device of the tensors.
+  std::vector<int64_t> scale_(const py::list& tensors, const at::Tensor& coef) const {
+    return update(tensors, [&](const Gradients& taken) { scale(taken, coef); });
   }
-  gradients->bump_versions();
-  return true;
-}
 
-/// Returns whether the call was for the kernels.
-bool clamp_grad_(const py::list& parameters, double min, double max) {
-  auto gradients = take_all(parameters, Source::kParameters, Access::kWrite);
-  if (!gradients || !is_representable(*gradients, min) || !is_representable(*gradients, max)) {
-    return false;
+  /// Returns the indices of the tensors that the kernels do not take.
+  std::vector<int64_t> clamp_(const py::list& tensors, double min, double max) const {
+    return update(tensors, [&](const Gradients& taken) { clamp(taken, min, max); });
   }
-  {
-    const ReleaseGil release(*gradients);
-    cpu::clamp(gradients->list, min, max, torch_threads());
+
+ private:
+  /// Tells whether these kernels run on the device that the gradients are on. No gradient at all is
+  /// the CPU's; on a GPU, the kernels want one that is not empty.
+  bool is_served(const Gradients& gradients) const {
+    if (gradients.device.is_cpu()) return serves_ != Serves::kCuda;
+    return gradients.device.is_cuda() && serves_ != Serves::kCpu && gradients.list.size() != 0 &&
+           !on_cuda::obstacle(gradients.device.index());
   }
-  gradients->bump_versions();
-  return true;
-}
 
-// ---------------------------------------------------------------- verbs, in parts
-
-/// Adds the tensors of a list to `taken` and returns the indices of those that stay behind.
-std::vector<int64_t> take_some(const py::list& listed, Access access, Gradients& taken) {
-  const std::optional<Tensors> tensors = unpack(listed, Source::kTensors);
-  std::vector<int64_t> left;
-  for (int64_t i = 0; i < static_cast<int64_t>(listed.size()); ++i) {
-    if (!tensors || !taken.add((*tensors)[static_cast<size_t>(i)], access)) left.push_back(i);
+  std::optional<Gradients> take(const py::list& listed, Source source, Access access) const {
+    auto taken = take_all(listed, source, access);
+    return taken && is_served(*taken) ? std::move(taken) : std::nullopt;
   }
-  return left;
-}
 
-/// Returns the float64 norm of the tensors that the kernels take, and the indices of the others.
-py::tuple norm(const py::list& tensors, double norm_type) {
-  Gradients taken;
-  const auto left = take_some(tensors, Access::kRead, taken);
-  double norm;
-  {
-    const ReleaseGil release(taken);
-    norm = cpu::norm(taken.list, norm_type, torch_threads());
+  static std::vector<int64_t> all_of(const py::list& tensors) {
+    std::vector<int64_t> indices(tensors.size());
+    std::iota(indices.begin(), indices.end(), 0);
+    return indices;
   }
-  return py::make_tuple(scalar_tensor(norm, true), left);
-}
 
-/// Applies `verb` to the tensors that the kernels take and returns the indices of the others. Where
-/// tensors share memory their order counts, and all stay behind.
-template <typename Verb>
-std::vector<int64_t> update(const py::list& tensors, const Verb& verb) {
-  Gradients taken;
-  auto left = take_some(tensors, Access::kWrite, taken);
-  if (aliasing(taken.list) != gradclip::Aliasing::kNone) {
-    left.resize(tensors.size());
-    std::iota(left.begin(), left.end(), 0);
+  template <typename Verb>
+  std::vector<int64_t> update(const py::list& tensors, const Verb& verb) const {
+    auto [taken, left] = take_some(tensors, Access::kWrite);
+    if (!is_served(taken)) return all_of(tensors);
+    {
+      const ReleaseGil release(taken);
+      verb(taken);
+    }
+    taken.bump_versions();
     return left;
   }
-  {
-    const ReleaseGil release(taken);
-    verb(taken);
-  }
-  taken.bump_versions();
-  return left;
-}
 
-std::vector<int64_t> scale_(const py::list& tensors, double coef) {
-  return update(tensors, [&](const Gradients& taken) { scale(taken, coef); });
-}
-
-std::vector<int64_t> clamp_(const py::list& tensors, double min, double max) {
-  return update(tensors,
-                [&](const Gradients& taken) { cpu::clamp(taken.list, min, max, torch_threads()); });
-}
+  Serves serves_;
+};
 
 }  // namespace
+}  // namespace gradclip::bindings
 
 PYBIND11_MODULE(_C, m) {
+  namespace bindings = gradclip::bindings;
+  using bindings::Kernels;
   m.doc() = "Compiled kernels. Call gradclip_ext's functions instead: these check no arguments.";
-  m.attr("CPU_CAPABILITY") = cpu::chunk_kernels().isa;
-  m.def("clip_grad_norm_", &clip_grad_norm_);
-  m.def("get_total_norm", &get_total_norm);
-  m.def("clip_grads_with_norm_", &clip_grads_with_norm_);
-  m.def("clamp_grad_", &clamp_grad_);
-  m.def("norm", &norm);
-  m.def("scale_", &scale_);
-  m.def("clamp_", &clamp_);
+  m.attr("CPU_CAPABILITY") = gradclip::cpu::chunk_kernels().isa;
+  m.def("cuda_obstacle", &bindings::on_cuda::obstacle);
+  py::class_<Kernels>(m, "Kernels")
+      .def("clip_grad_norm_", &Kernels::clip_grad_norm_)
+      .def("get_total_norm", &Kernels::get_total_norm)
+      .def("clip_grads_with_norm_", &Kernels::clip_grads_with_norm_)
+      .def("clamp_grad_", &Kernels::clamp_grad_)
+      .def("norm", &Kernels::norm)
+      .def("scale_", &Kernels::scale_)
+      .def("clamp_", &Kernels::clamp_);
+  m.attr("any_device") = Kernels(bindings::Serves::kAny);
+  m.attr("cpu") = Kernels(bindings::Serves::kCpu);
+  m.attr("cuda") = Kernels(bindings::Serves::kCuda);
   auto testing =
       m.def_submodule("_testing", "Index arithmetic and kernels, one by one, for tests.");
   gradclip::define_testing(testing);

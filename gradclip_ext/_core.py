@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 
-class Core(Protocol):
-    """What csrc/bindings.cpp defines. No argument is checked there, but every gradient is.
+class Kernels(Protocol):
+    """What csrc/bindings.cpp defines for a device. No argument is checked there, but every gradient is.
 
     The first four take a whole call or, returning None or False, leave it as it was. The last
     three do their work on what they take and return the indices of the tensors they left.
     """
-
-    CPU_CAPABILITY: str
-    _testing: Any
 
     def clip_grad_norm_(
         self, parameters: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, /
@@ -36,23 +34,33 @@ class Core(Protocol):
 
     def clamp_grad_(self, parameters: list[Tensor], min: float, max: float, /) -> bool: ...
 
-    def norm(self, tensors: list[Tensor], norm_type: float, /) -> tuple[Tensor, list[int]]: ...
+    def norm(self, tensors: list[Tensor], norm_type: float, /) -> tuple[Tensor | None, list[int]]: ...
 
-    def scale_(self, tensors: list[Tensor], coef: float, /) -> list[int]: ...
+    def scale_(self, tensors: list[Tensor], coef: Tensor, /) -> list[int]: ...
 
     def clamp_(self, tensors: list[Tensor], min: float, max: float, /) -> list[int]: ...
 
 
+class Core(Protocol):
+    """The module: its kernels by the devices they serve."""
+
+    any_device: Kernels
+    cpu: Kernels
+    cuda: Kernels
+    CPU_CAPABILITY: str
+    _testing: Any
+
+    def cuda_obstacle(self, device_index: int, /) -> str | None: ...
+
+
 def load() -> tuple[Core | None, str | None]:
     """Return ``gradclip_ext._C`` and None, or None and the reason why it is not used."""
-    try:
-        built_for = importlib.import_module("gradclip_ext._build_info").TORCH  # written by setup.py
-    except ModuleNotFoundError:
+    if _build_info is None:
         return None, "the compiled module was not built (see the log of pip install -v)"
-    if built_for != torch.__version__:
+    if _build_info.TORCH != torch.__version__:
         reason = (
-            f"the compiled module was built for torch {built_for}, this is torch {torch.__version__}: "
-            "reinstall with --no-build-isolation"
+            f"the compiled module was built for torch {_build_info.TORCH}, this is torch "
+            f"{torch.__version__}: reinstall with --no-build-isolation"
         )
     else:
         try:
@@ -63,4 +71,15 @@ def load() -> tuple[Core | None, str | None]:
     return None, reason
 
 
+def _find_build_info() -> ModuleType | None:
+    """Return what setup.py wrote beside the module that it built."""
+    try:
+        return importlib.import_module("gradclip_ext._build_info")
+    except ModuleNotFoundError:
+        return None
+
+
+_build_info = _find_build_info()
+BUILT_FOR_CUDA: str | None = getattr(_build_info, "CUDA", None)
+ARCHITECTURES: str | None = getattr(_build_info, "ARCHITECTURES", None)
 C, REASON = load()

@@ -17,19 +17,19 @@ def report() -> str:
         f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'}), "
         f"{torch.get_num_threads()} CPU threads",
     ]
-    device_types = ["cpu"]
-    if torch.cuda.is_available():
-        device_types.append("cuda")
-        lines += [
-            f"gpu          {index}: {torch.cuda.get_device_name(index)}, compute capability "
-            + ".".join(map(str, torch.cuda.get_device_capability(index)))
-            for index in range(torch.cuda.device_count())
-        ]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    lines += [
+        f"gpu          {gpu.index}: {torch.cuda.get_device_name(gpu)}, compute capability "
+        + ".".join(map(str, torch.cuda.get_device_capability(gpu)))
+        for gpu in gpus
+    ]
     lines.append("backends")
     for name, backend in backends.ALL.items():
-        for device_type in device_types:
-            reason = backend.unusable(device_type)
-            lines.append(f"  {name:<9} {device_type:<5} {'usable' if reason is None else 'no: ' + reason}")
+        for device in [torch.device("cpu"), *(gpus or [torch.device("cuda")])]:
+            reason = backend.unusable(device)
+            if reason is None and device.type == "cuda" and not gpus:
+                reason = "no CUDA device is visible"
+            lines.append(f"  {name:<9} {device!s:<7} {'usable' if reason is None else 'no: ' + reason}")
     return "\n".join(lines)
 
 

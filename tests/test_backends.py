@@ -33,12 +33,12 @@ def test_same_verbs_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", list(backends.ALL))
 def test_unusable_gives_a_reason_or_none(name: str) -> None:
     for device_type in ("cpu", "cuda", "meta"):
-        reason = backends.ALL[name].unusable(device_type)
+        reason = backends.ALL[name].unusable(torch.device(device_type))
         assert reason is None or (isinstance(reason, str) and len(reason) > 10), (name, device_type, reason)
 
 
 def test_foreach_is_always_there() -> None:
-    assert backends.ALL["foreach"].unusable("cpu") is None
+    assert backends.ALL["foreach"].unusable(torch.device("cpu")) is None
     assert list(backends.ALL)[-1] == "foreach", "the fallback comes last in the order of preference"
 
 
@@ -87,7 +87,7 @@ def test_empty_environment_variable_is_no_name(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", list(backends.ALL))
 def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
-    unusable = {d: backends.ALL[name].unusable(d) for d in ("cpu", "meta")}
+    unusable = {d: backends.ALL[name].unusable(torch.device(d)) for d in ("cpu", "meta")}
     for device, reason in unusable.items():
         if reason is None:
             continue
@@ -104,7 +104,7 @@ def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
 def test_irregular_gradients_are_served_whichever_backend_is_named() -> None:
     """Gaps and complex numbers have no fused kernel; naming a backend does not make them an error."""
     for name, backend in backends.ALL.items():
-        if backend.unusable("cpu") is not None:
+        if backend.unusable(torch.device("cpu")) is not None:
             continue
         grads = [random(6, 4)[::2], random(5, dtype=torch.complex64), random(7), random(3, 4).t()]
         before = clones(grads)

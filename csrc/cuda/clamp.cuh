@@ -12,6 +12,13 @@ __device__ void round_bound(double bound, T& out) {
   from_float(static_cast<float>(bound), out);
 }
 
+// torch compiles extensions without the half types' own operators.
+__device__ inline double comparable(double x) { return x; }
+template <typename T>
+__device__ float comparable(T x) {
+  return to_float(x);
+}
+
 /// Contract: kThreads threads, any grid, any dtypes; the bounds fit every dtype in the table and
 /// are rounded to it. Stores only vectors that changed: N bytes where nothing exceeds, at most 2N.
 template <typename Table>
@@ -27,7 +34,8 @@ __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constan
       round_bound(min, low);
       round_bound(max, high);
       change_tiles(x, n, share.first, share.stride, lane, [&](T& item) {
-        const bool below = item<low, above = item> high;  // both false for NaN, which stays
+        const auto value = comparable(item);  // NaN is neither below nor above, and stays
+        const bool below = value < comparable(low), above = value > comparable(high);
         item = below ? low : above ? high : item;
         return below || above;
       });

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _core
-from gradclip_ext.backends.cpu import CpuBackend
+from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 
 
@@ -23,8 +23,8 @@ class Backend(Protocol):
 
     name: str
 
-    def unusable(self, device_type: str) -> str | None:
-        """Return why tensors of this device type cannot be served here, or None if they can."""
+    def unusable(self, device: torch.device) -> str | None:
+        """Return why tensors on this device cannot be served here, or None if they can."""
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the norm of the list as one vector, a new 0-d tensor on its device, float64 where
@@ -39,22 +39,24 @@ class Backend(Protocol):
 
 
 # In order of preference: without a name, a device is served by the first one that is usable for it.
-ALL: dict[str, Backend] = {"cpu": CpuBackend(), "foreach": ForeachBackend()}
+ALL: dict[str, Backend] = {"cuda": CudaBackend(), "cpu": CpuBackend(), "foreach": ForeachBackend()}
 _LOOP = ForeachBackend(batched=False)
 
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
 
 
-def fused(name: str | None, foreach: bool | None) -> _core.Core | None:
-    """Return the compiled module if a call with these arguments may be handed to it whole.
+def fused(name: str | None, foreach: bool | None) -> _core.Kernels | None:
+    """Return the compiled kernels if a call with these arguments may be handed to them whole.
 
-    It checks every gradient itself and either serves the call or leaves everything as it was;
+    They check every gradient themselves and either serve the call or leave everything as it was;
     then, and where this returns None, the general path goes by :func:`choose`.
     """
-    if torch.compiler.is_compiling() or foreach is False:
+    if _core.C is None or foreach is False or torch.compiler.is_compiling():
         return None
     asked = os.environ.get(ENVIRONMENT_VARIABLE) or None if name is None else name
-    return _core.C if asked in (None, "cpu") else None
+    if asked is None:
+        return _core.C.any_device
+    return _core.C.cpu if asked == "cpu" else _core.C.cuda if asked == "cuda" else None
 
 
 def choose(
@@ -95,10 +97,10 @@ def choose(
         elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
             serving[device] = ALL["foreach"]
         elif asked is None:
-            serving[device] = next(b for b in ALL.values() if b.unusable(device.type) is None)
+            serving[device] = next(b for b in ALL.values() if b.unusable(device) is None)
         else:
             serving[device] = ALL[asked]
-            reason = ALL[asked].unusable(device.type)
+            reason = ALL[asked].unusable(device)
             if reason is not None:
                 raise RuntimeError(f"{source}={asked!r} cannot serve {device.type} tensors: {reason}")
     return serving

@@ -50,7 +50,7 @@ class ForeachBackend:
     def __init__(self, batched: bool = True) -> None:
         self._batched = batched
 
-    def unusable(self, device_type: str) -> str | None:
+    def unusable(self, device: torch.device) -> str | None:
         return None
 
     def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
