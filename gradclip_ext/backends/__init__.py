@@ -16,6 +16,7 @@ from torch import Tensor
 from gradclip_ext import _core
 from gradclip_ext.backends.cpu import CpuBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
+from gradclip_ext.backends.triton import TritonBackend
 
 
 class Backend(Protocol):
@@ -39,7 +40,9 @@ class Backend(Protocol):
 
 
 # In order of preference: without a name, a device is served by the first one that is usable for it.
-ALL: dict[str, Backend] = {"cpu": CpuBackend(), "foreach": ForeachBackend()}
+ALL: dict[str, Backend] = {"triton": TritonBackend(), "cpu": CpuBackend(), "foreach": ForeachBackend()}
+# For callers who name none: a backend that fails after all gives way instead of raising.
+_AUTOMATIC: dict[str, Backend] = {**ALL, "triton": TritonBackend(fallback=ALL["foreach"])}
 _LOOP = ForeachBackend(batched=False)
 
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
@@ -95,7 +98,7 @@ def choose(
         elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
             serving[device] = ALL["foreach"]
         elif asked is None:
-            serving[device] = next(b for b in ALL.values() if b.unusable(device.type) is None)
+            serving[device] = next(b for b in _AUTOMATIC.values() if b.unusable(device.type) is None)
         else:
             serving[device] = ALL[asked]
             reason = ALL[asked].unusable(device.type)
