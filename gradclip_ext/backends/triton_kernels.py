@@ -57,12 +57,12 @@ def _tensor_of(table_ptr, chunk, first, last):
 
 
 @triton.jit
-def _chunk(table_ptr, tensor, chunk, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr, CHUNK_BYTES: tl.constexpr):
     """Return the address of a chunk of ``tensor`` and its number of elements."""
     row_ptr = table_ptr + 3 * tensor
-    start = (chunk - tl.load(row_ptr + 2)) * CHUNK
-    address = tl.load(row_ptr) + start * (DTYPE.primitive_bitwidth // 8)
-    length = tl.minimum(tl.load(row_ptr + 1) - start, CHUNK).to(tl.int32)
+    index = chunk - tl.load(row_ptr + 2)
+    address = tl.load(row_ptr) + index * CHUNK_BYTES
+    length = tl.minimum(tl.load(row_ptr + 1) - index * CHUNK, CHUNK).to(tl.int32)
     return address, length
 
 
@@ -206,6 +206,7 @@ def norm_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNK_BYTES: tl.constexpr,
 ):
     """Write one partial for every chunk of the tensors [first, last), which are all of one dtype."""
     p = _float64(p_bits)
@@ -214,7 +215,7 @@ def norm_kernel(
     for chunk in range(begin, end):
         if chunk >= tl.load(table_ptr + 3 * tensor + 5):  # every tensor has a chunk: one step will do
             tensor += 1
-        address, length = _chunk(table_ptr, tensor, chunk, DTYPE, CHUNK)
+        address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
         most, total = _partial(address, length, p, ORDER, DTYPE, ROWS, COLS)
         tl.store(partials_ptr + 2 * chunk, most)
         tl.store(partials_ptr + 2 * chunk + 1, total)
@@ -279,6 +280,7 @@ def scale_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNK_BYTES: tl.constexpr,
 ):
     """Multiply the tensors [first, last) by the coefficient; write nothing if it is 1 or more."""
     clip_coef = tl.load(clip_coef_ptr)
@@ -291,7 +293,7 @@ def scale_kernel(
         chunk = end - 1 - step
         if chunk < tl.load(table_ptr + 3 * tensor + 2):
             tensor -= 1
-        address, length = _chunk(table_ptr, tensor, chunk, DTYPE, CHUNK)
+        address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
         whole = _whole_tiles(address, length, ROWS * COLS)
         for start in range(0, whole, ROWS * COLS):
             ptrs = _wide_ptrs(address, start, DTYPE, ROWS, COLS)
@@ -324,6 +326,7 @@ def clamp_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNK_BYTES: tl.constexpr,
 ):
     """Clamp the tensors [first, last) to bounds that DTYPE holds exactly; store only what changes."""
     FLOAT: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -334,7 +337,7 @@ def clamp_kernel(
     for chunk in range(begin, end):
         if chunk >= tl.load(table_ptr + 3 * tensor + 5):
             tensor += 1
-        address, length = _chunk(table_ptr, tensor, chunk, DTYPE, CHUNK)
+        address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
         whole = _whole_tiles(address, length, ROWS * COLS)
         for start in range(0, whole, ROWS * COLS):
             ptrs = _wide_ptrs(address, start, DTYPE, ROWS, COLS)

@@ -1,0 +1,180 @@
+"""Device memory of the triton backend: tables of tensors, partial results, and how long they live."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext.backends.foreach import _flat_view, _share_memory
+
+CHUNK_BYTES = 65536
+# Programs of a launch. On the CPU they are interpreted one after the other, and there are as many
+# as show whether each finds its share of the work.
+_PROGRAMS_PER_SM = 8
+_INTERPRETED_PROGRAMS = 3
+# Lists that a workspace remembers, at 24 bytes a tensor: a GAN has two, pointers come and go.
+_TABLES = 8
+_SLAB_NUMEL = 1 << 17
+
+
+# ---------------------------------------------------------------- tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The tensors [first, last) of a table, which are of one dtype, and their number of chunks."""
+
+    dtype: torch.dtype
+    first: int
+    last: int
+    chunks: int
+
+
+class Table:
+    """What the kernels have to know of a list of tensors, none of which is kept.
+
+    ``rows`` is what triton_kernels.py calls a table; ``irregular`` are the places in the list of
+    what it cannot hold: complex tensors and those with gaps in memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.irregular: list[int] = []
+        self.groups: list[Group] = []
+        self.chunks = 0
+        self.rows = array("q")
+        self._overlap: bool | None = None
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor.is_complex() or _flat_view(tensor) is None:
+                self.irregular.append(index)
+            elif tensor.numel() > 0:
+                by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for dtype, group in by_dtype.items():
+            first, before = len(self.rows) // 3, self.chunks
+            for tensor in group:
+                self.rows.extend((tensor.data_ptr(), tensor.numel(), self.chunks))
+                self.chunks += -(-tensor.nbytes // CHUNK_BYTES)
+            self.groups.append(Group(dtype, first, len(self.rows) // 3, self.chunks - before))
+        self.rows.extend((0, 0, self.chunks))
+
+    def overlap(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether two of the tensors share memory, so that the order of writing matters."""
+        if self._overlap is None:
+            self._overlap = _share_memory(tensors)
+        return self._overlap
+
+
+def _key(tensors: Sequence[Tensor]) -> Any:
+    """Return all that a table depends on: pointers, sizes, dtypes, and strides where there may be gaps.
+
+    0.2 us a tensor. A hash would not do: through a stale pointer the kernels would write.
+    """
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.numel, tensors)),
+        [t.dtype for t in tensors],
+        [(i, t.shape, t.stride()) for i, t in enumerate(tensors) if not t.is_contiguous()],
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+
+class _Slab:
+    """Page-locked memory for the tables of captured graphs.
+
+    A graph copies its table from there at every replay and gives no notice of its end, so what was
+    taken is neither reused nor freed: 24 bytes a tensor and capture. It is allocated ahead of
+    time, because before torch 2.10 that cannot be done during a capture.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[Tensor] = []
+        self._left = torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def provide(self, numel: int) -> None:
+        """Make sure that so many integers can be taken."""
+        if self._left.numel() < numel:
+            numel = max(numel, _SLAB_NUMEL)
+            self._left = torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=True)
+
+    def take(self, numel: int) -> Tensor:
+        self.provide(numel)
+        self._taken.append(self._left[:numel])
+        self._left = self._left[numel:]
+        return self._taken[-1]
+
+
+class Workspace:
+    """Tables and partials of one (device, stream), or of one call while a graph is being captured.
+
+    All of it is written and read in the order of the stream. A table never changes once it is
+    uploaded; the page-locked memory it came from goes back to torch's allocator, which waits for
+    the copy's event before handing it out again.
+    """
+
+    def __init__(self, device: torch.device, captured: bool) -> None:
+        self.device = device
+        self.programs = _INTERPRETED_PROGRAMS
+        if device.type != "cpu":
+            self.programs = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        self._captured = captured
+        self._tables: list[tuple[Any, Table, Tensor]] = []
+        self._partials = torch.empty(0, dtype=torch.float64, device=device)
+
+    def table(self, tensors: Sequence[Tensor]) -> tuple[Table, Tensor]:
+        """Return the table of these tensors and its rows on the device, uploaded if they are new."""
+        key = _key(tensors)
+        for position, entry in enumerate(self._tables):
+            if entry[0] == key:
+                self._tables.insert(0, self._tables.pop(position))
+                return entry[1:]
+        table = Table(tensors)
+        entry = key, table, self._upload(table.rows)
+        self._tables = [entry, *self._tables[: _TABLES - 1]]
+        return entry[1:]
+
+    def _upload(self, rows: array[int]) -> Tensor:
+        source = torch.frombuffer(rows, dtype=torch.int64)
+        if self.device.type == "cpu":
+            return source.clone()
+        if self._captured:
+            pinned = _slab.take(len(rows)).copy_(source)
+        else:
+            _slab.provide(len(rows))
+            pinned = source.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
+    def partials(self, chunks: int) -> Tensor:
+        """Return room for the partials of a norm, which the next norm on the stream overwrites."""
+        if self._partials.numel() < 2 * chunks:
+            self._partials = torch.empty(2 * chunks, dtype=torch.float64, device=self.device)
+        return self._partials
+
+
+# Shared by all instances. The lock is held while a call enqueues, not while the device works: two
+# threads cannot fill one workspace, nor run Triton's interpreter.
+_lock = threading.Lock()
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+_slab = _Slab()
+
+
+@contextlib.contextmanager
+def workspace_of(device: torch.device) -> Iterator[Workspace]:
+    """Lend the workspace of the device's current stream, with the device as the current one."""
+    on_gpu = device.type != "cpu"
+    with _lock, torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            yield Workspace(device, captured=True)
+            return
+        key = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        if key not in _workspaces:
+            _workspaces[key] = Workspace(device, captured=False)
+        yield _workspaces[key]
