@@ -36,7 +36,9 @@ _VEC_BYTES = 16
 # The kernels that also write need half the registers and are as far with 4 vectors.
 _NORM_VECS = 8
 _CHANGE_VECS = 4
-_FINISH_BLOCK = 1024
+# finish_kernel runs on one SM and needs many loads in flight there.
+_FINISH_WARPS = 16
+_FINISH_BLOCK = 4096
 
 
 class CompileError(RuntimeError):
@@ -82,7 +84,7 @@ class TritonBackend:
         order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
 
         def shape(vec: int) -> dict[str, Any]:
-            return {"ORDER": order, "ROWS": _NORM_VECS, "COLS": _LANES * vec}
+            return {"ORDER": order, "ROWS": _NORM_VECS, "COLS": _LANES * vec, "num_warps": _WARPS}
 
         try:
             with workspace_of(norm.device) as workspace:
@@ -91,7 +93,7 @@ class TritonBackend:
                 given = (rows, partials, _bits(norm_type))
                 launches = self._over_groups("norm_kernel", lambda dtype: given, shape, workspace, table)
                 finish = (partials, norm, _bits(norm_type), table.chunks)
-                constants = {"ORDER": order, "BLOCK": _FINISH_BLOCK}
+                constants = {"ORDER": order, "BLOCK": _FINISH_BLOCK, "num_warps": _FINISH_WARPS}
                 launches.append(_Launch(self._kernels.finish_kernel, 1, finish, constants))
                 self._enqueue(launches, norm.device)
         except CompileError as error:
@@ -144,7 +146,8 @@ class TritonBackend:
         table: Table,
     ) -> None:
         def shape(vec: int) -> dict[str, Any]:
-            return {"ROWS": _CHANGE_VECS * _LANES, "COLS": vec, "BLOCK": _LANES * vec}
+            rows = _CHANGE_VECS * _LANES
+            return {"ROWS": rows, "COLS": vec, "BLOCK": _LANES * vec, "num_warps": _WARPS}
 
         self._enqueue(self._over_groups(kernel, given, shape, workspace, table), workspace.device)
 
@@ -177,11 +180,11 @@ class TritonBackend:
                 self._compile(launch)
                 self._compiled.add(key)
         for launch in launches:
-            launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants, num_warps=_WARPS)
+            launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants)
 
     def _compile(self, launch: _Launch) -> None:
         try:
-            launch.kernel.warmup(*launch.arguments, **launch.constants, num_warps=_WARPS, grid=(1,))
+            launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
         except Exception as error:
             what = f"{launch.kernel.__name__} for {launch.constants}"
             raise CompileError(f"Triton failed to compile {what}: {type(error).__name__}: {error}") from error

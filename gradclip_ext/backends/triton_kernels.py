@@ -223,23 +223,33 @@ def norm_kernel(
 
 @triton.jit(do_not_specialize=["p_bits", "chunks"])
 def finish_kernel(partials_ptr, norm_ptr, p_bits: tl.int64, chunks, ORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the norm. One program: the order of the sum depends on the number of partials alone."""
+    """Write the norm. One program: the order of the sum depends on the number of partials alone.
+
+    One pass if no chunk left the range, so that every ``most`` is 1, or 0 for a chunk of zeros; two
+    otherwise. It reads 1/4096 of what norm_kernel reads, but on one SM.
+    """
     p = _float64(p_bits)
     lanes = tl.arange(0, BLOCK)
     bits = tl.zeros((BLOCK,), tl.int64)
+    others = tl.zeros((BLOCK,), tl.int32)
+    sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, chunks, BLOCK):
         mask = start + lanes < chunks
         most = tl.load(partials_ptr + 2 * (start + lanes), mask=mask, other=0.0)
+        total = tl.load(partials_ptr + 2 * (start + lanes) + 1, mask=mask, other=0.0)
         bits = tl.maximum(bits, most.to(tl.int64, bitcast=True))
+        others = tl.maximum(others, ((most != 0.0) & (most != 1.0)).to(tl.int32))
+        sums += tl.where(most == 1.0, total, 0.0)
     norm = tl.max(bits, axis=0).to(tl.float64, bitcast=True)
     if ORDER != INF:
         if (norm > 0.0) & (norm < INF):
-            sums = tl.zeros((BLOCK,), tl.float64)
-            for start in range(0, chunks, BLOCK):
-                mask = start + lanes < chunks
-                most = tl.load(partials_ptr + 2 * (start + lanes), mask=mask, other=0.0)
-                total = tl.load(partials_ptr + 2 * (start + lanes) + 1, mask=mask, other=0.0)
-                sums += total * _power(most / norm, p, ORDER)
+            if tl.max(others, axis=0) > 0:
+                sums = tl.zeros((BLOCK,), tl.float64)
+                for start in range(0, chunks, BLOCK):
+                    mask = start + lanes < chunks
+                    most = tl.load(partials_ptr + 2 * (start + lanes), mask=mask, other=0.0)
+                    total = tl.load(partials_ptr + 2 * (start + lanes) + 1, mask=mask, other=0.0)
+                    sums += total * _power(most / norm, p, ORDER)
             norm *= _root(tl.sum(sums, axis=0), p, ORDER)
     tl.store(norm_ptr, norm)
 

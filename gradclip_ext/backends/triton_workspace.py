@@ -7,7 +7,8 @@ import dataclasses
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ _SLAB_NUMEL = 1 << 17
 # ---------------------------------------------------------------- tables
 
 
+class _Key(NamedTuple):
+    """All that a table depends on. A hash would not do: through a stale pointer kernels would write."""
+
+    pointers: list[int]
+    numels: list[int]
+    dtypes: list[torch.dtype]
+    strided: list[tuple[int, torch.Size, tuple[int, ...]]]  # where, shape and strides if not contiguous
+
+
+def _key(tensors: Sequence[Tensor]) -> _Key:
+    """0.2 us a tensor, most of what a call costs that finds its table."""
+    return _Key(
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.numel, tensors)),
+        [t.dtype for t in tensors],
+        [(i, t.shape, t.stride()) for i, t in enumerate(tensors) if not t.is_contiguous()],
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The tensors [first, last) of a table, which are of one dtype, and their number of chunks."""
@@ -44,44 +64,34 @@ class Table:
     what it cannot hold: complex tensors and those with gaps in memory.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.irregular: list[int] = []
+    def __init__(self, key: _Key, tensors: Sequence[Tensor]) -> None:
+        irregular = {i for i, _, _ in key.strided if _flat_view(tensors[i]) is None}
+        irregular.update(i for i, dtype in enumerate(key.dtypes) if dtype.is_complex)
+        self.irregular = sorted(irregular)
         self.groups: list[Group] = []
-        self.chunks = 0
         self.rows = array("q")
+        self.chunks = 0
+        self._spans: list[tuple[int, int]] = []
         self._overlap: bool | None = None
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for index, tensor in enumerate(tensors):
-            if tensor.is_complex() or _flat_view(tensor) is None:
-                self.irregular.append(index)
-            elif tensor.numel() > 0:
-                by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        for dtype, group in by_dtype.items():
+        for dtype in dict.fromkeys(key.dtypes):
+            chunk = CHUNK_BYTES // dtype.itemsize
             first, before = len(self.rows) // 3, self.chunks
-            for tensor in group:
-                self.rows.extend((tensor.data_ptr(), tensor.numel(), self.chunks))
-                self.chunks += -(-tensor.nbytes // CHUNK_BYTES)
-            self.groups.append(Group(dtype, first, len(self.rows) // 3, self.chunks - before))
+            for index, (pointer, numel, own) in enumerate(zip(key.pointers, key.numels, key.dtypes)):
+                if own is dtype and numel > 0 and index not in irregular:
+                    self.rows.extend((pointer, numel, self.chunks))
+                    self.chunks += -(-numel // chunk)
+                    self._spans.append((pointer, pointer + numel * dtype.itemsize))
+            if self.chunks > before:
+                self.groups.append(Group(dtype, first, len(self.rows) // 3, self.chunks - before))
         self.rows.extend((0, 0, self.chunks))
 
     def overlap(self, tensors: Sequence[Tensor]) -> bool:
         """Tell whether two of the tensors share memory, so that the order of writing matters."""
         if self._overlap is None:
-            self._overlap = _share_memory(tensors)
+            spans = sorted(self._spans)
+            dense = any(start < end for (_, end), (start, _) in pairwise(spans))
+            self._overlap = dense or (bool(self.irregular) and _share_memory(tensors))
         return self._overlap
-
-
-def _key(tensors: Sequence[Tensor]) -> Any:
-    """Return all that a table depends on: pointers, sizes, dtypes, and strides where there may be gaps.
-
-    0.2 us a tensor. A hash would not do: through a stale pointer the kernels would write.
-    """
-    return (
-        list(map(Tensor.data_ptr, tensors)),
-        list(map(Tensor.numel, tensors)),
-        [t.dtype for t in tensors],
-        [(i, t.shape, t.stride()) for i, t in enumerate(tensors) if not t.is_contiguous()],
-    )
 
 
 # ---------------------------------------------------------------- memory
@@ -126,7 +136,7 @@ class Workspace:
         if device.type != "cpu":
             self.programs = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
         self._captured = captured
-        self._tables: list[tuple[Any, Table, Tensor]] = []
+        self._tables: list[tuple[_Key, Table, Tensor]] = []
         self._partials = torch.empty(0, dtype=torch.float64, device=device)
 
     def table(self, tensors: Sequence[Tensor]) -> tuple[Table, Tensor]:
@@ -136,7 +146,7 @@ class Workspace:
             if entry[0] == key:
                 self._tables.insert(0, self._tables.pop(position))
                 return entry[1:]
-        table = Table(tensors)
+        table = Table(key, tensors)
         entry = key, table, self._upload(table.rows)
         self._tables = [entry, *self._tables[: _TABLES - 1]]
         return entry[1:]

@@ -1,0 +1,454 @@
+"""The triton backend: what it launches, when it cannot serve, and its kernels in processes of their own.
+
+The kernels run in Triton's interpreter and compile for a GPU that is not there, each in a process
+of its own, because TRITON_INTERPRET decides at import. What it launches is looked at without Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradclip_ext
+from gradclip_ext import backends
+from gradclip_ext.backends import triton_workspace
+from gradclip_ext.backends.triton import CompileError, TritonBackend
+
+TESTS = Path(__file__).resolve().parent
+ROOT = Path(gradclip_ext.__file__).resolve().parents[1]
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
+
+
+def run_python(*args: Any, timeout: float, **environment: str) -> str:
+    """Run Python on the package and the helpers in this folder; return stdout, fail with all of it."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GRADCLIP_EXT_BACKEND")}
+    path = os.pathsep.join(filter(None, (str(ROOT), str(TESTS), inherited.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**inherited, "PYTHONPATH": path, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, (
+        f"exit status {done.returncode}\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}"
+    )
+    return done.stdout
+
+
+# ---------------------------------------------------------------- the kernels, in other processes
+
+
+@needs_triton
+def test_suite_in_the_interpreter() -> None:
+    """All that the suite asks of a backend, and what only these kernels can get wrong."""
+    out = run_python(
+        *("-m", "pytest", TESTS, "--ignore", __file__, "-p", "triton_interpreted", "-p", "no:cacheprovider"),
+        *("-W", "ignore", "-rs", "-k", "triton-cpu or test_triton_kernels"),
+        timeout=900,
+        TRITON_INTERPRET="1",
+    )
+    assert " passed" in out or "[100%]" in out, out
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What triton_compiled.py found, for sm_90."""
+    folder = tmp_path_factory.mktemp("triton_cache")
+    report: dict[str, Any] = json.loads(run_python(TESTS / "triton_compiled.py", folder, timeout=300))
+    return report
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: torch.dtype) -> None:
+    """For every wide access there is one narrow way beside it, for what is left over or not aligned."""
+    wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
+    narrow, vec = f"b{8 * dtype.itemsize}", 16 // dtype.itemsize
+    # Vectors a lane: 8 to sum; 8 for the largest and 1 to sum again, should a chunk leave the range.
+    for name, loads, stores in (
+        (f"norm_kernel {dtype} p=2.0", 17, 0),
+        (f"norm_kernel {dtype} p=3.0", 9, 0),
+        (f"scale_kernel {dtype} p=2.0", 4, 4),
+        (f"clamp_kernel {dtype} p=2.0", 4, 4),
+    ):
+        accesses = compiled["kernels"][name]["accesses"]
+        assert accesses.get(f"ld.global.{wide}", 0) == loads, (name, accesses)
+        assert accesses.get(f"st.global.{wide}", 0) == stores, (name, accesses)
+        # A table has 64-bit entries, the coefficient is a float32, partials are float64.
+        others = {"b64": 7} | ({"b32": 1} if "scale" in name else {})
+        expected = loads * vec if "norm" in name else vec
+        assert accesses.get(f"ld.global.{narrow}", 0) == expected + others.get(narrow, 0), (name, accesses)
+        others = {"b64": 2} if "norm" in name else {}
+        expected = 0 if "norm" in name else vec
+        assert accesses.get(f"st.global.{narrow}", 0) == expected + others.get(narrow, 0), (name, accesses)
+
+
+@needs_triton
+def test_no_element_is_converted_to_float64(compiled: dict[str, Any]) -> None:
+    """A GPU with little float64 converts as fast as it reads only if 8 elements share a conversion."""
+    for name, found in compiled["kernels"].items():
+        if "p=2.0" not in name or "float64" in name:
+            continue
+        vec = 4 if "float32" in name else 8
+        # A column of 8 vectors is one conversion an element of the vector; as many when a chunk is
+        # summed again, a row at a time, and one for its largest element.
+        allowed = 2 * vec + 1 if "norm" in name else 0
+        assert found["to_float64"] <= allowed, (name, found)
+
+
+@needs_triton
+def test_loads_of_a_tile_are_in_flight_together(compiled: dict[str, Any]) -> None:
+    """ptxas likes to put arithmetic and stores between them."""
+    for name, found in compiled["kernels"].items():
+        if found["in_flight"] is None:
+            pytest.skip("this Triton brings no nvdisasm")
+        expected = {"norm_kernel": 8, "scale_kernel": 4, "clamp_kernel": 4}.get(name.split()[0], 0)
+        assert found["in_flight"] >= expected, (name, found)
+
+
+@needs_triton
+def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str, Any]) -> None:
+    assert set(compiled["binaries"].values()) == {1}, compiled["binaries"]
+    assert compiled["orders"] == compiled["bounds"] == 1
+
+
+# ---------------------------------------------------------------- launches
+
+
+class FakeKernel:
+    """Notes what Triton would be asked to do."""
+
+    def __init__(
+        self, name: str, log: list[tuple[str, str, tuple]], fails: Any = lambda constants: False
+    ) -> None:
+        self.__name__ = name
+        self._log, self._fails = log, fails
+
+    def warmup(self, *args: Any, grid: Any, **constants: Any) -> None:
+        if self._fails(constants):
+            raise RuntimeError("no such instruction")
+        self._log.append(("compile", self.__name__, args))
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *args, **constants: self._log.append(("launch", self.__name__, args))
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
+    monkeypatch.setattr(triton_workspace, "_workspaces", {})
+    return []
+
+
+def with_fake_kernels(log: list, fallback: Any = None, fails: Any = lambda constants: False) -> TritonBackend:
+    backend = TritonBackend(fallback)
+    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+    backend._kernels = SimpleNamespace(tl=torch, **{name: FakeKernel(name, log, fails) for name in names})
+    return backend
+
+
+def all_verbs(backend: TritonBackend, grads: list[Tensor]) -> None:
+    backend.norm(grads, 2.0)
+    backend.scale_(grads, torch.tensor(0.5))
+    backend.clamp_(grads, -1.0, 1.0)
+
+
+def launches(log: list) -> list[str]:
+    return [name for what, name, _ in log if what == "launch"]
+
+
+def test_launches_do_not_grow_with_the_list(log: list) -> None:
+    for count in (1, 10, 5000):
+        log.clear()
+        all_verbs(with_fake_kernels(log), [torch.ones(3) for _ in range(count)])
+        assert launches(log) == ["norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel"]
+
+
+def test_one_launch_per_dtype(log: list) -> None:
+    dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
+    all_verbs(with_fake_kernels(log), [torch.ones(3, dtype=d) for d in dtypes * 20])
+    names = ["norm_kernel"] * 4 + ["finish_kernel"] + ["scale_kernel"] * 4 + ["clamp_kernel"] * 4
+    assert launches(log) == names
+
+
+def test_everything_is_compiled_once(log: list) -> None:
+    backend = with_fake_kernels(log)
+    for grads in ([torch.ones(3)], [torch.ones(100_000) for _ in range(7)], [torch.ones(1)]):
+        all_verbs(backend, grads)
+    assert sum(what == "compile" for what, _, _ in log) == 4
+
+
+def test_tables_are_uploaded_only_when_something_changed(log: list) -> None:
+    backend = with_fake_kernels(log)
+    memory = torch.ones(4096)
+    first, second = [memory[:100], torch.ones(3)], [memory[:99], torch.ones(3)]
+
+    def table(grads: list[Tensor]) -> Tensor:
+        backend.scale_(grads, torch.tensor(0.5))
+        rows: Tensor = log[-1][2][0]
+        return rows
+
+    tables = [table(first), table(second)]
+    assert table(list(first)) is tables[0] and table(second) is tables[1], (
+        "two lists in turn keep their tables"
+    )
+    assert tables[0].tolist()[:3] == [memory.data_ptr(), 100, 0]
+    for changed in (memory[:100].view(torch.int32).view(torch.float16), memory[1:101], memory[:200:2]):
+        assert table([changed, first[1]]) is not tables[0]
+
+
+def test_two_threads_never_launch_at_the_same_time(log: list) -> None:
+    """A workspace is filled and its launches enqueued by one thread at a time."""
+    running, most = 0, 0
+
+    class Kernel(FakeKernel):
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(*args: Any, **constants: Any) -> None:
+                nonlocal running, most
+                running += 1
+                most = max(most, running)
+                threading.Event().wait(0.001)
+                running -= 1
+
+            return launch
+
+    backend = with_fake_kernels(log)
+    for name in vars(backend._kernels):
+        if name != "tl":
+            setattr(backend._kernels, name, Kernel(name, log))
+    lists = [[torch.ones(n)] for n in (3, 4)]
+    threads = [threading.Thread(target=lambda g=g: [all_verbs(backend, g) for _ in range(5)]) for g in lists]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.empty
+
+    def pageable(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return plain(*args, **options)  # page-locked memory needs a GPU
+
+    monkeypatch.setattr(torch, "empty", pageable)
+    monkeypatch.setattr(triton_workspace, "_SLAB_NUMEL", 100)
+    slab = triton_workspace._Slab()
+    taken = [slab.take(numel).fill_(numel) for numel in (30, 60, 20, 500, 90)]
+    assert all((t == n).all() and t.numel() == n for t, n in zip(taken, (30, 60, 20, 500, 90)))
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert all(any(t is kept for kept in slab._taken) for t in taken)
+
+
+# ---------------------------------------------------------------- when it cannot serve
+
+
+def test_compile_failure_raises_when_the_backend_was_named(log: list) -> None:
+    backend = with_fake_kernels(log, fails=lambda constants: True)
+    grads = [torch.randn(3), torch.randn(4)]
+    before = [g.clone() for g in grads]
+    for call in (
+        lambda: backend.norm(grads, 2.0),
+        lambda: backend.scale_(grads, torch.tensor(0.5)),
+        lambda: backend.clamp_(grads, -0.1, 0.1),
+    ):
+        with pytest.raises(CompileError, match=r"failed to compile \w+_kernel .*no such instruction"):
+            call()
+    assert log == [] and all(torch.equal(a, b) for a, b in zip(grads, before))
+
+
+def test_compile_failure_gives_way_to_foreach_with_one_warning(log: list) -> None:
+    backend = with_fake_kernels(log, backends.ALL["foreach"], fails=lambda constants: True)
+    grads = [torch.tensor([3.0]), torch.tensor([4.0])]
+    with pytest.warns(UserWarning, match="no such instruction") as caught:
+        assert backend.norm(grads, 2.0) == 5.0
+    assert len(caught) == 1 and "foreach" in str(caught[0].message)
+    assert "no such instruction" in (backend.unusable("cuda") or "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.scale_(grads, torch.tensor(0.5))
+        backend.clamp_(grads, -1.75, 1.75)
+    assert torch.cat(grads).tolist() == [1.5, 1.75]
+
+
+def test_nothing_is_launched_before_everything_compiles(log: list) -> None:
+    """Else a failure for the second dtype would leave the first one scaled, and foreach scale it again."""
+    fails = lambda constants: constants.get("DTYPE") is torch.float16
+    backend = with_fake_kernels(log, fails=fails)
+    grads = [torch.ones(3), torch.ones(3, dtype=torch.float16)]
+    for call in (lambda: backend.norm(grads, 2.0), lambda: backend.scale_(grads, torch.tensor(0.5))):
+        with pytest.raises(CompileError):
+            call()
+    assert launches(log) == []
+
+
+def test_the_automatic_choice_has_a_way_out_and_leaves_the_interpreter_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    automatic = backends._AUTOMATIC["triton"]
+    assert isinstance(automatic, TritonBackend) and automatic._fallback is backends.ALL["foreach"]
+    assert "by name" in (TritonBackend(backends.ALL["foreach"]).unusable("cpu") or "")
+    names = list(backends.ALL)
+    assert names == list(backends._AUTOMATIC) and names[-1] == "foreach"
+
+
+def imported(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
+    """Make importlib hand out these modules, or raise these errors."""
+    genuine = importlib.import_module
+
+    def import_module(name: str) -> Any:
+        found = modules.get(name.rpartition(".")[2])
+        if isinstance(found, Exception):
+            raise found
+        return found or genuine(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+class JITFunction:
+    """Stands for Triton's class of compiled kernels."""
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """Every reason is a sentence, and there is none where a GPU and a fitting Triton are."""
+    kernels = SimpleNamespace(norm_kernel=JITFunction() if on else object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 - 3 * device, 1))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def reason(device_type: str = "cuda", **modules: Any) -> str | None:
+        with monkeypatch.context() as patch:
+            imported(patch, **modules)
+            return TritonBackend().unusable(device_type)
+
+    def triton(version: str) -> Any:
+        return SimpleNamespace(__version__=version, JITFunction=JITFunction)
+
+    assert "not for xpu" in (reason("xpu") or "")
+    assert "TRITON_INTERPRET=1" in (reason("cpu") or "")
+    assert "not installed" in (reason(triton=ModuleNotFoundError("No module named 'triton'")) or "")
+    assert "OSError: libcuda" in (reason(triton=OSError("libcuda")) or "")
+    assert "2.1.0 is too old: 3.2" in (reason(triton=triton("2.1.0")) or "")
+    there = {"triton": triton("3.10.0+git1"), "triton_kernels": kernels}
+    if not on:
+        assert "cannot read GPU memory" in (reason(**there) or "")
+        return
+    assert "a device here has 6.1" in (reason(**there) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert reason(**there) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "after Triton had been imported" in (reason("cpu", **there) or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA" in (reason(**there) or "")
+
+
+def test_naming_it_without_triton_says_why() -> None:
+    """In a process whose Triton, if there is one, cannot be imported."""
+    code = """
+import sys, torch
+sys.modules["triton"] = None
+import gradclip_ext
+w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2)
+assert gradclip_ext.clip_grad_norm_(w, 9.0) > 0
+try:
+    gradclip_ext.clip_grad_norm_(w, 1.0, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    assert "not installed" in run_python("-c", code, timeout=120, TRITON_INTERPRET="1")
+    assert "TRITON_INTERPRET=1" in run_python("-c", code, timeout=120)
+
+
+def test_triton_is_not_imported_before_it_is_needed() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import gradclip_ext
+w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2)
+gradclip_ext.clip_grad_norm_(w, 1.0)
+gradclip_ext.clip_grad_value_(w, 1.0)
+print([name for name in set(sys.modules) - before if name.split(".")[0] == "triton"])
+"""
+    assert run_python("-c", code, timeout=120).strip() == "[]"
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+needs_gpu = pytest.mark.skipif(
+    backends.ALL["triton"].unusable("cuda") is not None,
+    reason=f"triton cannot serve a GPU here: {backends.ALL['triton'].unusable('cuda')}",
+)
+
+
+@needs_gpu
+def test_captured_graph_replays_on_new_values() -> None:
+    grads = [torch.randn(1000, device="cuda"), torch.randn(33, device="cuda", dtype=torch.bfloat16)]
+    backend = backends.ALL["triton"]
+
+    def step() -> Tensor:
+        norm = backend.norm(grads, 2.0)
+        backend.scale_(grads, torch.clamp(1.0 / norm, max=1.0))
+        return norm
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = step()
+    for value in (3.0, 5.0):
+        backend.norm([torch.ones(7, device="cuda")] * 3, 2.0)  # other tables come and go
+        for grad in grads:
+            grad.fill_(value)
+        graph.replay()
+        assert norm.item() == pytest.approx(value * math.sqrt(1033), rel=1e-6)
+        assert backend.norm(grads, 2.0).item() == pytest.approx(1.0, rel=1e-2)
+
+
+@needs_gpu
+def test_nothing_synchronizes() -> None:
+    grads = [torch.randn(1000, device="cuda") for _ in range(5)]
+    coef = torch.tensor(0.5, device="cuda")
+    backend = backends.ALL["triton"]
+    for warm in (True, False):
+        torch.cuda.set_sync_debug_mode("default" if warm else "error")
+        try:
+            backend.norm(grads, 2.0)
+            backend.scale_(grads, coef)
+            backend.clamp_([g.clone() for g in grads], -1.0, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_streams_have_tables_of_their_own() -> None:
+    grads = [torch.randn(100_000, device="cuda") for _ in range(3)]
+    torch.cuda.synchronize()
+    backend = backends.ALL["triton"]
+    expected = backend.norm(grads, 2.0)
+    for _ in range(3):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert torch.equal(backend.norm(grads, 2.0), expected)
