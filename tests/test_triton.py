@@ -11,48 +11,36 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 import threading
 import warnings
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from subprocesses import PACKAGE_ROOT, TESTS, run_python
 from torch import Tensor
 
-import gradclip_ext
 from gradclip_ext import backends
 from gradclip_ext.backends import triton_workspace
 from gradclip_ext.backends.triton import CompileError, TritonBackend
-
-TESTS = Path(__file__).resolve().parent
-ROOT = Path(gradclip_ext.__file__).resolve().parents[1]
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
 )
 
 
-def run_python(*args: Any, timeout: float, **environment: str) -> str:
-    """Run Python on the package and the helpers in this folder; return stdout, fail with all of it."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GRADCLIP_EXT_BACKEND")}
-    path = os.pathsep.join(filter(None, (str(ROOT), str(TESTS), inherited.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        capture_output=True,
-        text=True,
+def run(*args: object, timeout: float, interpret: bool = False) -> str:
+    """Run Python on the package and this folder's helpers, and return stdout."""
+    path = os.pathsep.join((str(PACKAGE_ROOT), str(TESTS)))
+    return run_python(
+        *map(str, args),
         timeout=timeout,
-        env={**inherited, "PYTHONPATH": path, **environment},
-        check=False,
+        PYTHONPATH=path,
+        TRITON_INTERPRET="1" if interpret else "0",
+        GRADCLIP_EXT_BACKEND="",
     )
-    assert done.returncode == 0, (
-        f"exit status {done.returncode}\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}"
-    )
-    return done.stdout
 
 
 # ---------------------------------------------------------------- the kernels, in other processes
@@ -61,20 +49,21 @@ def run_python(*args: Any, timeout: float, **environment: str) -> str:
 @needs_triton
 def test_suite_in_the_interpreter() -> None:
     """All that the suite asks of a backend, and what only these kernels can get wrong."""
-    out = run_python(
-        *("-m", "pytest", TESTS, "--ignore", __file__, "-p", "triton_interpreted", "-p", "no:cacheprovider"),
-        *("-W", "ignore", "-rs", "-k", "triton-cpu or test_triton_kernels"),
+    out = run(
+        *("-m", "pytest", TESTS, "--ignore", __file__, "-c", TESTS.parent / "pyproject.toml"),
+        *("-p", "triton_interpreted", "-p", "no:cacheprovider", "-W", "ignore", "-rs"),
+        *("-k", "triton-cpu or test_triton_kernels"),
         timeout=900,
-        TRITON_INTERPRET="1",
+        interpret=True,
     )
-    assert " passed" in out or "[100%]" in out, out
+    assert "[100%]" in out, out
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What triton_compiled.py found, for sm_90."""
     folder = tmp_path_factory.mktemp("triton_cache")
-    report: dict[str, Any] = json.loads(run_python(TESTS / "triton_compiled.py", folder, timeout=300))
+    report: dict[str, Any] = json.loads(run(TESTS / "triton_compiled.py", folder, timeout=300))
     return report
 
 
@@ -379,8 +368,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "not installed" in run_python("-c", code, timeout=120, TRITON_INTERPRET="1")
-    assert "TRITON_INTERPRET=1" in run_python("-c", code, timeout=120)
+    assert "not installed" in run("-c", code, timeout=120, interpret=True)
+    assert "TRITON_INTERPRET=1" in run("-c", code, timeout=120)
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:
@@ -393,7 +382,7 @@ gradclip_ext.clip_grad_norm_(w, 1.0)
 gradclip_ext.clip_grad_value_(w, 1.0)
 print([name for name in set(sys.modules) - before if name.split(".")[0] == "triton"])
 """
-    assert run_python("-c", code, timeout=120).strip() == "[]"
+    assert run("-c", code, timeout=120).strip() == "[]"
 
 
 # ---------------------------------------------------------------- a GPU

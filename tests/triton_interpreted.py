@@ -7,6 +7,9 @@ with this folder on PYTHONPATH; test_triton.py does so. Nothing here changes wha
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import hypothesis
 import pytest
 from triton.runtime import interpreter
@@ -41,22 +44,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _patch_language_once() -> None:
-    """Halve the time of a launch.
+    """Take a third of the time.
 
-    Triton puts its interpreter's functions into triton.language at a launch, and again whenever
-    one kernel function calls another, at a millisecond each. The second kind is needed once, for
-    the functions of Triton's own library: they see the language under another module name.
+    The interpreter puts its own functions into triton.language at every launch and at every call
+    of one kernel function by another, at a millisecond each, and takes them out after a launch.
+    In a process that compiles nothing they may stay there.
     """
-    patched = set()
+    patch, patched = interpreter._patch_lang, set()
 
-    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        modules = self.fn.__globals__.values()
-        sees = frozenset(
-            m.__name__ for m in (interpreter.tl, interpreter.tl.core) if any(m is v for v in modules)
+    def patch_once(fn: Any) -> SimpleNamespace:
+        # Triton's own functions see the language under another name than ours do.
+        seen = frozenset(
+            id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core
         )
-        if interpreter.tl.__name__ not in sees and sees not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(sees)
-        return self.rewrite()(*args, **kwargs)
+        if seen not in patched:
+            patch(fn)
+            patched.add(seen)
+        return SimpleNamespace(restore=lambda: None)
 
-    interpreter.InterpretedFunction.__call__ = call
+    interpreter._patch_lang = patch_once
