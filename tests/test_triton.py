@@ -22,6 +22,7 @@ import torch
 from subprocesses import PACKAGE_ROOT, TESTS, run_python
 from torch import Tensor
 
+import gradclip_ext
 from gradclip_ext import backends
 from gradclip_ext.backends import triton_workspace
 from gradclip_ext.backends.triton import CompileError, TritonBackend
@@ -266,18 +267,26 @@ def test_compile_failure_raises_when_the_backend_was_named(log: list) -> None:
     assert log == [] and all(torch.equal(a, b) for a, b in zip(grads, before))
 
 
-def test_compile_failure_gives_way_to_foreach_with_one_warning(log: list) -> None:
+def test_compile_failure_gives_way_to_foreach_with_one_warning(
+    log: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = with_fake_kernels(log, backends.ALL["foreach"], fails=lambda constants: True)
-    grads = [torch.tensor([3.0]), torch.tensor([4.0])]
+    backend._reasons["cpu"] = None  # as a GPU would be to it: usable, as far as it knows
+    monkeypatch.setattr(backends, "_AUTOMATIC", {"triton": backend, "foreach": backends.ALL["foreach"]})
+    monkeypatch.setattr(backends, "fused", lambda name, foreach: None)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
     with pytest.warns(UserWarning, match="no such instruction") as caught:
-        assert backend.norm(grads, 2.0) == 5.0
+        assert gradclip_ext.clip_grad_norm_(weight, 2.5) == 5.0
     assert len(caught) == 1 and "foreach" in str(caught[0].message)
-    assert "no such instruction" in (backend.unusable("cuda") or "")
+    torch.testing.assert_close(weight.grad, torch.tensor([1.5, 2.0]))
+    assert "no such instruction" in (backend.unusable("cpu") or "")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backend.scale_(grads, torch.tensor(0.5))
-        backend.clamp_(grads, -1.75, 1.75)
-    assert torch.cat(grads).tolist() == [1.5, 1.75]
+        gradclip_ext.clip_grad_value_(weight, 1.75)
+        backend.scale_([weight.grad], torch.tensor(0.5))
+        backend.clamp_([weight.grad], -0.8, 0.8)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.75, 0.8]))
 
 
 def test_nothing_is_launched_before_everything_compiles(log: list) -> None:

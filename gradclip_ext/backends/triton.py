@@ -97,7 +97,7 @@ class TritonBackend:
                 launches.append(_Launch(self._kernels.finish_kernel, 1, finish, constants))
                 self._enqueue(launches, norm.device)
         except CompileError as error:
-            return self._instead(error).norm(tensors, norm_type)
+            return self._instead(error, norm.device).norm(tensors, norm_type)
         if not table.irregular:
             return norm
         return _joined(norm, self._others.norm([tensors[i] for i in table.irregular], norm_type), norm_type)
@@ -110,7 +110,7 @@ class TritonBackend:
                 if not in_list_order:
                     self._change("scale_kernel", lambda dtype: (rows, clip_coef), workspace, table)
         except CompileError as error:
-            self._instead(error).scale_(grads, clip_coef)
+            self._instead(error, clip_coef.device).scale_(grads, clip_coef)
             return
         if in_list_order:
             self._others.scale_(grads, clip_coef)
@@ -130,7 +130,7 @@ class TritonBackend:
                 table, rows = workspace.table(grads)
                 self._change("clamp_kernel", given, workspace, table)
         except CompileError as error:
-            self._instead(error).clamp_(grads, min, max)
+            self._instead(error, grads[0].device).clamp_(grads, min, max)
             return
         torch.autograd.graph.increment_version(grads)
         if table.irregular:
@@ -189,14 +189,13 @@ class TritonBackend:
             what = f"{launch.kernel.__name__} for {launch.constants}"
             raise CompileError(f"Triton failed to compile {what}: {type(error).__name__}: {error}") from error
 
-    def _instead(self, error: CompileError) -> Backend:
+    def _instead(self, error: CompileError, device: torch.device) -> Backend:
         """Return the fallback, with a warning the first time; raise the error if there is none."""
         if self._fallback is None:
             raise error
-        if self._reasons.get("cuda") is None:
-            self._reasons["cuda"] = str(error)
-            # this, the verb, two functions of clip.py, torch.no_grad's wrapper, the caller
-            warnings.warn(f"{error}\nbackend={self._fallback.name!r} serves from now on", stacklevel=6)
+        if self._reasons.get(device.type) is None:
+            self._reasons[device.type] = str(error)
+            warnings.warn(f"{error}\nbackend={self._fallback.name!r} serves from now on", stacklevel=2)
         return self._fallback
 
     # ------------------------------------------------------------ where it runs
