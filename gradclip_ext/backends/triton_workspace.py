@@ -102,7 +102,7 @@ class _Slab:
 
     A graph copies its table from there at every replay and gives no notice of its end, so what was
     taken is neither reused nor freed: 24 bytes a tensor and capture. It is allocated ahead of
-    time, because before torch 2.10 that cannot be done during a capture.
+    time, because not every torch can do that during a capture.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Workspace:
 
     All of it is written and read in the order of the stream. A table never changes once it is
     uploaded; the page-locked memory it came from goes back to torch's allocator, which waits for
-    the copy's event before handing it out again.
+    the copy's event before handing it out again. A workspace lives as long as the process.
     """
 
     def __init__(self, device: torch.device, captured: bool) -> None:
