@@ -21,7 +21,7 @@ endif
 # so that exceptions are intercepted; what Python never frees would be reported as leaks.
 SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED = env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize
+  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize
 # Started through Python's -c, because `python -m pytest` would import the sources' own build first.
 SANITIZED_TESTS := test_core test_cpu_kernels test_clip_grad_norm test_clip_grad_value test_clamp_grad \
   test_clip_grads_with_norm test_get_total_norm test_nonfinite test_bad_input test_bookkeeping

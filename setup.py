@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "cuda", "cpu", "none")
@@ -74,11 +75,19 @@ def choose_mode():
     return "none"
 
 
+class BuildPy(build_py):
+    """Leaves out the _build_info.py of an editable install: a wheel gets its own, or has no core."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] != "_build_info"]
+
+
 def extension(mode):
     """Return setup()'s arguments for the extension module of this mode."""
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     if mode == "none" or not sources:
-        return {}
+        return {"cmdclass": {"build_py": BuildPy}}
     if mode == "cuda":  # set before the import: torch settles on a toolkit when it is loaded
         os.environ["CUDA_HOME"] = str(find_toolkit())
         sources += ROOT.glob("csrc/cuda/*.cu")
@@ -103,7 +112,7 @@ def extension(mode):
         extra_compile_args=flags if mode == "cuda" else flags["cxx"],
         extra_link_args=["-fopenmp"],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
 
 
 setup(**extension(choose_mode()))

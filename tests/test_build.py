@@ -125,6 +125,7 @@ def test_auto_builds_what_it_can_and_says_what_it_leaves_out(setup_py, monkeypat
 
 def test_the_wheel_installs_and_imports_in_another_folder(checkout, tmp_path):
     no_core = {"GRADCLIP_EXT_BUILD": "none"}
+    (checkout / "gradclip_ext" / "_build_info.py").write_text("TORCH = 'of an editable install'\n")
     run(
         "-m",
         "pip",
@@ -140,6 +141,7 @@ def test_the_wheel_installs_and_imports_in_another_folder(checkout, tmp_path):
     (wheel,) = tmp_path.glob("gradclip_ext-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "gradclip_ext/py.typed" in names
+    assert "gradclip_ext/_build_info.py" not in names
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "csrc"))]
     site = tmp_path / "site"
     run("-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)

@@ -449,7 +449,7 @@ def test_a_module_that_cannot_be_imported() -> None:
 @pytest.mark.skipif("libasan" not in os.environ.get("LD_PRELOAD", ""), reason="runs in make test-sanitize")
 @pytest.mark.parametrize("isa", testing.instruction_sets())
 @pytest.mark.parametrize("kernel", ["sum_squares", "max_magnitude", "scale", "clamp"])
-def test_a_planted_overrun_is_caught(isa: str, kernel: str) -> None:
+def test_a_planted_overrun_is_caught(isa: str, kernel: str, tmp_path: Path) -> None:
     code = f"""
 import torch
 from gradclip_ext import _core
@@ -459,6 +459,8 @@ run(100)
 print("so far so good", flush=True)
 run(101)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # In another folder, because `python -c` in the checkout would import the build beside the sources.
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "so far so good" in done.stdout, done.stderr
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr
