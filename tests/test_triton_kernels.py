@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from array import array
 from collections.abc import Iterator
 
 import pytest
@@ -212,6 +213,31 @@ def test_irregular_tensors_go_their_own_way() -> None:
     huge = [torch.randn(50) * 1e30, torch.randn(9, 2)[:, 0] * 1e30]
     for p in (3.0, 40.0):  # a sum of powers of the two norms would overflow
         assert_norm(huge, p)
+
+
+def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk of a tensor of 4 GiB, of which memory has the touched pages only.
+
+    Its table counts the chunks from the last one on, and a tensor of nothing stands before it.
+    """
+    numel, last = 2**31 + 40, 2**31 // chunk_numel(torch.float16)
+    x = torch.empty(numel, dtype=torch.float16)
+    x[-40:] = values = torch.randn(40).half()
+
+    def table(key: triton_workspace._Key, tensors: list[Tensor]) -> triton_workspace.Table:
+        made = genuine(key, tensors)
+        assert made.rows.tolist() == [x.data_ptr(), numel, 0, 0, 0, last + 1]
+        made.rows = array("q", [0, 0, last, x.data_ptr(), numel, 0, 0, 0, last + 1])
+        made.groups = [triton_workspace.Group(torch.float16, 0, 2, 1)]
+        return made
+
+    genuine = triton_workspace.Table
+    monkeypatch.setattr(triton_workspace, "Table", table)
+    monkeypatch.setattr(triton_workspace, "_workspaces", {})
+    backend.scale_([x], torch.tensor(0.5))
+    assert torch.equal(x[-40:], values * 0.5)
+    backend.clamp_([x], -0.1, 0.1)
+    assert torch.equal(x[-40:], (values * 0.5).clamp(-0.1, 0.1))
 
 
 # ---------------------------------------------------------------- NaN, infinity, the range

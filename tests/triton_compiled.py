@@ -1,10 +1,11 @@
 """Run by test_triton.py in a process without TRITON_INTERPRET: compile for a GPU that need not be there.
 
-    python triton_compiled.py FOLDER
+    python triton_compiled.py FOLDER cuda|hip
 
-FOLDER holds Triton's cache. Prints one JSON object: for every kernel and dtype the accesses to
-global memory in its PTX, the conversions to float64 and how many 16-byte loads its machine code has
-in flight, and how many binaries several lists, orders and bounds have led to.
+FOLDER holds Triton's cache. Compiles for sm_90 or for gfx942. Prints one JSON object: for every
+kernel and dtype the accesses to global memory in its PTX or GCN, for sm_90 also the conversions to
+float64 and how many 16-byte loads its machine code has in flight; and how many binaries several
+lists, orders and bounds have led to.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradclip_ext.backends import triton_kernels
+from gradclip_ext.backends import triton_kernels, triton_workspace
 from gradclip_ext.backends.triton import TritonBackend, _Launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A launch, as the backend makes it, up to the point where the driver is called.
-TARGET = GPUTarget("cuda", 90, 32)
+TARGET = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}[sys.argv[2]]
+driver.set_active(
+    SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: TARGET,
+    )
+)
 
 
 class Recorder(TritonBackend):
-    """Compiles what would be launched, and keeps it."""
+    """Compiles what would be launched, as the backend does, and keeps it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +60,8 @@ class Recorder(TritonBackend):
 def verbs(grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: float = 0.5) -> dict[str, Any]:
     """Return the binaries that all verbs together use for a list."""
     backend = Recorder()
+    with triton_workspace.workspace_of(grads[0].device) as workspace:
+        workspace.warp_size = TARGET.warp_size
     backend.norm(grads, p)
     backend.scale_(grads, torch.tensor(coef))
     backend.clamp_(grads, -bound, bound)
@@ -61,6 +70,18 @@ def verbs(grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: f
 
 def counted(pattern: str, text: str) -> dict[str, int]:
     return dict(collections.Counter(re.findall(pattern, text)))
+
+
+def looked_at(binary: Any) -> dict[str, Any]:
+    if TARGET.backend == "hip":
+        accesses = counted(r"(?:global|flat)_(?:load|store)_\w+", binary.asm["amdgcn"])
+        return {"accesses": accesses}
+    ptx = binary.asm["ptx"]
+    return {
+        "accesses": counted(r"(?:ld|st)\.global[.\w:]*", ptx),
+        "to_float64": sum(counted(r"cvt[.\w]*\.f64\.(?:f32|f16|bf16)", ptx).values()),
+        "in_flight": loads_in_flight(binary.asm["cubin"]),
+    }
 
 
 def loads_in_flight(cubin: bytes) -> int | None:
@@ -82,23 +103,11 @@ def loads_in_flight(cubin: bytes) -> int | None:
 
 
 def main() -> None:
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: TARGET,
-        )
-    )
     report: dict[str, Any] = {"kernels": {}}
     for dtype, p in itertools.product(DTYPES, (2.0, 3.0)):
         for name, binary in verbs([torch.ones(5, dtype=dtype)], p).items():
             if p == 2.0 or name == "norm_kernel":
-                ptx = binary.asm["ptx"]
-                report["kernels"][f"{name} {dtype} p={p}"] = {
-                    "accesses": counted(r"(?:ld|st)\.global[.\w:]*", ptx),
-                    "to_float64": sum(counted(r"cvt[.\w]*\.f64\.(?:f32|f16|bf16)", ptx).values()),
-                    "in_flight": loads_in_flight(binary.asm["cubin"]),
-                }
+                report["kernels"][f"{name} {dtype} p={p}"] = looked_at(binary)
     lists = [[torch.ones(3) for _ in range(n)] for n in (1, 2, 16, 17, 300)] + [[torch.ones(2**21 + 1)]]
     report["binaries"] = {
         name: len({id(binaries[name]) for binaries in [verbs(grads) for grads in lists]})

@@ -1,4 +1,4 @@
-"""The backend of Triton kernels: one pass at memory speed, and no compiler on the user's machine.
+"""The backend of Triton kernels: one pass over memory, and no CUDA toolkit on the user's machine.
 
 The kernels find the tensors through a table in device memory, so that a call takes one launch per
 dtype in the list, and one more for a norm, whatever its length. See triton_workspace.py for where
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 _OLDEST_TRITON = (3, 2)  # that of torch 2.6
 _OLDEST_CAPABILITY = (7, 0)
 
-_WARPS = 4
-_LANES = _WARPS * 32
+_LANES = 128
 _VEC_BYTES = 16
 # Vectors that a lane has in flight. 8 take 100 registers in norm_kernel for half types, so that 4
 # programs fit on an SM of an H100: 64 KiB in flight, where its memory latency asks for about 40.
@@ -37,12 +36,12 @@ _VEC_BYTES = 16
 _NORM_VECS = 8
 _CHANGE_VECS = 4
 # finish_kernel runs on one SM and needs many loads in flight there.
-_FINISH_WARPS = 16
+_FINISH_LANES = 512
 _FINISH_BLOCK = 4096
 
 
 class CompileError(RuntimeError):
-    """Triton cannot compile a kernel here. Nothing has been launched or written."""
+    """Triton cannot compile or load a kernel here. Nothing has been launched or written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,8 @@ class _Launch:
 class TritonBackend:
     """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter.
 
-    A kernel is compiled when it is first needed, a second or so: before a CUDA graph is captured,
-    run the step once.
+    A kernel is compiled when it is first needed, a second or so; Triton needs a C compiler for
+    what launches it. Before a CUDA graph is captured, run the step once.
 
     Args:
         fallback: what serves instead, after one warning, once Triton has failed to compile a
@@ -84,7 +83,7 @@ class TritonBackend:
         order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
 
         def shape(vec: int) -> dict[str, Any]:
-            return {"ORDER": order, "ROWS": _NORM_VECS, "COLS": _LANES * vec, "num_warps": _WARPS}
+            return {"ORDER": order, "ROWS": _NORM_VECS, "COLS": _LANES * vec}
 
         try:
             with workspace_of(norm.device) as workspace:
@@ -93,7 +92,7 @@ class TritonBackend:
                 given = (rows, partials, _bits(norm_type))
                 launches = self._over_groups("norm_kernel", lambda dtype: given, shape, workspace, table)
                 finish = (partials, norm, _bits(norm_type), table.chunks)
-                constants = {"ORDER": order, "BLOCK": _FINISH_BLOCK, "num_warps": _FINISH_WARPS}
+                constants = {"ORDER": order, "BLOCK": _FINISH_BLOCK, **_options(_FINISH_LANES, workspace)}
                 launches.append(_Launch(self._kernels.finish_kernel, 1, finish, constants))
                 self._enqueue(launches, norm.device)
         except CompileError as error:
@@ -146,8 +145,7 @@ class TritonBackend:
         table: Table,
     ) -> None:
         def shape(vec: int) -> dict[str, Any]:
-            rows = _CHANGE_VECS * _LANES
-            return {"ROWS": rows, "COLS": vec, "BLOCK": _LANES * vec, "num_warps": _WARPS}
+            return {"ROWS": _CHANGE_VECS * _LANES, "COLS": vec, "BLOCK": _LANES * vec}
 
         self._enqueue(self._over_groups(kernel, given, shape, workspace, table), workspace.device)
 
@@ -166,13 +164,14 @@ class TritonBackend:
             constants = shape(_VEC_BYTES // itemsize)
             constants["DTYPE"] = getattr(self._kernels.tl, str(group.dtype).removeprefix("torch."))
             constants.update(CHUNK=CHUNK_BYTES // itemsize, CHUNK_BYTES=CHUNK_BYTES)
+            constants.update(_options(_LANES, workspace))
             arguments = (*given(group.dtype), group.first, group.last)
             programs = min(group.chunks, workspace.programs)
             launches.append(_Launch(getattr(self._kernels, kernel), programs, arguments, constants))
         return launches
 
     def _enqueue(self, launches: Sequence[_Launch], device: torch.device) -> None:
-        """Compile all that is new, then launch: a failure to compile finds everything untouched."""
+        """Compile and load all that is new, then launch: a failure finds everything untouched."""
         for launch in launches if not self._interpreted else ():
             dtypes = [a.dtype for a in launch.arguments if isinstance(a, Tensor)]
             key = (id(launch.kernel), device, *dtypes, *launch.constants.values())
@@ -184,7 +183,8 @@ class TritonBackend:
 
     def _compile(self, launch: _Launch) -> None:
         try:
-            launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
+            compiled = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
+            compiled._init_handles()  # as Triton's tutorials load what warmup returns
         except Exception as error:
             what = f"{launch.kernel.__name__} for {launch.constants}"
             raise CompileError(f"Triton failed to compile {what}: {type(error).__name__}: {error}") from error
@@ -195,7 +195,9 @@ class TritonBackend:
             raise error
         if self._reasons.get(device.type) is None:
             self._reasons[device.type] = str(error)
-            warnings.warn(f"{error}\nbackend={self._fallback.name!r} serves from now on", stacklevel=2)
+            warnings.warn(
+                f"{error}\nbackend={self._fallback.name!r} serves from now on", RuntimeWarning, stacklevel=2
+            )
         return self._fallback
 
     # ------------------------------------------------------------ where it runs
@@ -244,6 +246,14 @@ class TritonBackend:
             if capability < _OLDEST_CAPABILITY:
                 return f"compute capability 7.0 is needed, a device here has {capability[0]}.{capability[1]}"
         return None
+
+
+def _options(lanes: int, workspace: Workspace) -> dict[str, Any]:
+    """Return how to compile for programs of so many lanes.
+
+    Triton's own choice whether to fuse products into sums changes with 3.10, and the bits with it.
+    """
+    return {"num_warps": lanes // workspace.warp_size, "enable_fp_fusion": True}
 
 
 def _bits(number: float) -> int:

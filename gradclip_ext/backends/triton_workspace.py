@@ -133,8 +133,11 @@ class Workspace:
     def __init__(self, device: torch.device, captured: bool) -> None:
         self.device = device
         self.programs = _INTERPRETED_PROGRAMS
+        self.warp_size = 32
         if device.type != "cpu":
-            self.programs = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+            properties = torch.cuda.get_device_properties(device)
+            self.programs = _PROGRAMS_PER_SM * properties.multi_processor_count
+            self.warp_size = properties.warp_size  # 64 on ROCm's data centre devices
         self._captured = captured
         self._tables: list[tuple[_Key, Table, Tensor]] = []
         self._partials = torch.empty(0, dtype=torch.float64, device=device)
