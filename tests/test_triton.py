@@ -107,7 +107,10 @@ def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: to
 @needs_triton
 def test_whole_tiles_move_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.TempPathFactory) -> None:
     """All that is known of ROCm: the kernels compile for gfx942, and how they get at memory there."""
-    for name, found in compiled_for("hip", tmp_path_factory)["kernels"].items():
+    report = compiled_for("hip", tmp_path_factory)
+    if "missing" in report:
+        pytest.skip(report["missing"])
+    for name, found in report["kernels"].items():
         accesses = found["accesses"]
         if not name.startswith("finish_kernel"):
             loads = 8 if "norm" in name else 4
@@ -127,6 +130,14 @@ def test_no_element_is_converted_to_float64(compiled: dict[str, Any]) -> None:
         # summed again, a row at a time, and one for its largest element.
         allowed = 2 * vec + 1 if "norm" in name else 0
         assert found["to_float64"] <= allowed, (name, found)
+
+
+@needs_triton
+def test_the_coefficient_is_rounded_as_torchs(compiled: dict[str, Any]) -> None:
+    """Triton's own float32 division is approximate."""
+    for name, found in compiled["kernels"].items():
+        if "p=2.0" in name:
+            assert found["approximate"] == {}, (name, found)
 
 
 @needs_triton
@@ -204,6 +215,34 @@ def test_one_launch_per_dtype(log: list) -> None:
     all_verbs(with_fake_kernels(log), [torch.ones(3, dtype=d) for d in dtypes * 20])
     names = ["norm_kernel"] * 4 + ["finish_kernel"] + ["scale_kernel"] * 4 + ["clamp_kernel"] * 4
     assert launches(log) == names
+
+
+def test_clipping_by_norm_is_one_look_and_three_launches(log: list) -> None:
+    backend = with_fake_kernels(log)
+    grads = [torch.ones(3) for _ in range(100)]
+    versions = [g._version for g in grads]
+    norm = backend.clip_norm_(grads, 1.0, 2.0)
+    assert norm is not None and norm.dtype == torch.float32
+    assert launches(log) == ["norm_kernel", "finish_kernel", "scale_kernel"]
+    assert all(g._version > v for g, v in zip(grads, versions))
+    wide = backend.clip_norm_([*grads, torch.empty(0, dtype=torch.float64)], 1.0, 2.0)
+    assert wide is not None and wide.dtype == torch.float64, "a zero-size gradient decides, too"
+
+
+def test_clipping_by_norm_does_all_or_nothing(log: list) -> None:
+    memory = torch.ones(9)
+    for grads, p in (
+        ([torch.ones(3)], 0.0),
+        ([torch.ones(3)], -math.inf),
+        ([torch.empty(0)], 2.0),
+        ([torch.ones(3), torch.ones(3, dtype=torch.complex64)], 2.0),
+        ([torch.ones(3), memory[::2]], 2.0),
+        ([memory[:5], memory[4:]], 2.0),
+    ):
+        assert with_fake_kernels(log).clip_norm_(grads, 1.0, p) is None
+    fails = lambda constants: "CHUNK" not in constants  # finish_kernel alone
+    assert with_fake_kernels(log, fails=fails).clip_norm_([torch.ones(3)], 1.0, 2.0) is None
+    assert launches(log) == []
 
 
 def test_everything_is_compiled_once(log: list) -> None:

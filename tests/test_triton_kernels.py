@@ -96,6 +96,21 @@ def test_scale_touches_every_element_once(dtype: torch.dtype) -> None:
                 assert same(grad, expected), (dtype, coef)
 
 
+@over_orders
+def test_all_of_clipping_by_norm_at_once(p: float) -> None:
+    """The bits of the three steps: norm, coefficient in torch's operations, product."""
+    for dtypes, scale in ((DTYPES[:3], 1.0), (DTYPES, 1.0), (DTYPES, 1e-3), (DTYPES[:3], math.inf)):
+        grads = [torch.randn(n).to(d) * scale for n, d in zip((20_000, 3, 700, 5), dtypes)]
+        twins = clones(grads)
+        public = torch.float64 if torch.float64 in dtypes else torch.float32
+        for max_norm in (0.3, 1e4, 0.0):
+            clipped = backend.clip_norm_(grads, max_norm, p)
+            norm = backend.norm(twins, p).to(public)
+            backend.scale_(twins, torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0))
+            assert clipped.dtype == public and same(clipped, norm)
+            assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(grads, twins))
+
+
 @over_dtypes
 def test_clamp_touches_every_element(dtype: torch.dtype) -> None:
     for low, high in ((-0.1, 0.7), (-math.inf, 0.2), (0.05, 0.05), (0.1, math.inf)):

@@ -20,7 +20,11 @@ from gradclip_ext.backends.triton import TritonBackend
 
 
 class Backend(Protocol):
-    """What a backend can do. Every list lives on one device and holds plain, checked tensors."""
+    """What a backend can do. Every list lives on one device and holds plain, checked tensors.
+
+    A backend may have ``clip_norm_(grads, max_norm, norm_type)`` besides, which does all of clipping
+    by norm, or nothing and returns None: see :meth:`TritonBackend.clip_norm_`.
+    """
 
     name: str
 

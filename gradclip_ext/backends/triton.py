@@ -80,34 +80,47 @@ class TritonBackend:
         if not norm_type > 0.0:
             return self._others.norm(tensors, norm_type)
         norm = torch.empty((), dtype=torch.float64, device=tensors[0].device)
-        order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
-
-        def shape(vec: int) -> dict[str, Any]:
-            return {"ORDER": order, "ROWS": _NORM_VECS, "COLS": _LANES * vec}
-
         try:
             with workspace_of(norm.device) as workspace:
-                table, rows = workspace.table(tensors)
-                partials = workspace.partials(table.chunks)
-                given = (rows, partials, _bits(norm_type))
-                launches = self._over_groups("norm_kernel", lambda dtype: given, shape, workspace, table)
-                finish = (partials, norm, _bits(norm_type), table.chunks)
-                constants = {"ORDER": order, "BLOCK": _FINISH_BLOCK, **_options(_FINISH_LANES, workspace)}
-                launches.append(_Launch(self._kernels.finish_kernel, 1, finish, constants))
-                self._enqueue(launches, norm.device)
+                table = workspace.table(tensors)
+                self._enqueue(self._norm_launches(workspace, table, norm_type, norm), norm.device)
         except CompileError as error:
             return self._instead(error, norm.device).norm(tensors, norm_type)
         if not table.irregular:
             return norm
         return _joined(norm, self._others.norm([tensors[i] for i in table.irregular], norm_type), norm_type)
 
+    def clip_norm_(self, grads: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor | None:
+        """Return the norm in its public dtype and scale by the coefficient that follows from it.
+
+        Compares the list with its table once, where norm and scale_ do so each, and spares the five
+        small kernels that torch takes for the coefficient. None if nothing has been done, because
+        the kernels do not take the whole list or cannot be compiled.
+        """
+        device = grads[0].device
+        try:
+            with workspace_of(device) as workspace:
+                table = workspace.table(grads)
+                if not norm_type > 0.0 or not table.groups or table.irregular or table.overlap(grads):
+                    return None
+                norm, clip_coef = (torch.empty((), dtype=table.norm_dtype, device=device) for _ in range(2))
+                launches = self._norm_launches(
+                    workspace, table, norm_type, norm, clip_coef=clip_coef, max_norm=max_norm
+                )
+                launches += self._scale_launches(workspace, table, clip_coef)
+                self._enqueue(launches, device)
+        except CompileError:
+            return None
+        torch.autograd.graph.increment_version(grads)
+        return norm
+
     def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
         try:
             with workspace_of(clip_coef.device) as workspace:
-                table, rows = workspace.table(grads)
+                table = workspace.table(grads)
                 in_list_order = table.overlap(grads)
                 if not in_list_order:
-                    self._change("scale_kernel", lambda dtype: (rows, clip_coef), workspace, table)
+                    self._enqueue(self._scale_launches(workspace, table, clip_coef), clip_coef.device)
         except CompileError as error:
             self._instead(error, clip_coef.device).scale_(grads, clip_coef)
             return
@@ -119,15 +132,10 @@ class TritonBackend:
             self._others.scale_([grads[i] for i in table.irregular], clip_coef)
 
     def clamp_(self, grads: Sequence[Tensor], min: float, max: float) -> None:
-        def given(dtype: torch.dtype) -> tuple[Any, ...]:
-            # Rounded to the dtype by torch, as its own clamp does.
-            low, high = torch.tensor([min, max], dtype=dtype, device="cpu").tolist()
-            return rows, _bits(low), _bits(high)
-
         try:
             with workspace_of(grads[0].device) as workspace:
-                table, rows = workspace.table(grads)
-                self._change("clamp_kernel", given, workspace, table)
+                table = workspace.table(grads)
+                self._enqueue(self._clamp_launches(workspace, table, min, max), workspace.device)
         except CompileError as error:
             self._instead(error, grads[0].device).clamp_(grads, min, max)
             return
@@ -137,35 +145,57 @@ class TritonBackend:
 
     # ------------------------------------------------------------ launches
 
-    def _change(
+    def _norm_launches(
         self,
-        kernel: str,
-        given: Callable[[torch.dtype], tuple[Any, ...]],
         workspace: Workspace,
         table: Table,
-    ) -> None:
-        def shape(vec: int) -> dict[str, Any]:
-            return {"ROWS": _CHANGE_VECS * _LANES, "COLS": vec, "BLOCK": _LANES * vec}
+        norm_type: float,
+        norm: Tensor,
+        *,
+        clip_coef: Tensor | None = None,
+        max_norm: float = 0.0,
+    ) -> list[_Launch]:
+        """Return the launches that write the norm and, given room for one, the coefficient."""
+        order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
+        partials, p = workspace.partials(table.chunks), _bits(norm_type)
 
-        self._enqueue(self._over_groups(kernel, given, shape, workspace, table), workspace.device)
+        def constants(vec: int) -> dict[str, Any]:
+            return {"ORDER": order, "ROWS": _NORM_VECS, "COLS": _LANES * vec}
+
+        launches = self._over_groups("norm_kernel", lambda dtype: (partials, p), constants, workspace, table)
+        finish = (partials, norm, clip_coef, p, _bits(max_norm), table.chunks)
+        options = {"ORDER": order, "BLOCK": _FINISH_BLOCK, **_options(_FINISH_LANES, workspace)}
+        return [*launches, _Launch(self._kernels.finish_kernel, 1, finish, options)]
+
+    def _scale_launches(self, workspace: Workspace, table: Table, clip_coef: Tensor) -> list[_Launch]:
+        given = (clip_coef,)
+        return self._over_groups("scale_kernel", lambda dtype: given, _tile_of_rows, workspace, table)
+
+    def _clamp_launches(self, workspace: Workspace, table: Table, min: float, max: float) -> list[_Launch]:
+        def given(dtype: torch.dtype) -> tuple[int, int]:
+            # Rounded to the dtype by torch, as its own clamp does.
+            low, high = torch.tensor([min, max], dtype=dtype, device="cpu").tolist()
+            return _bits(low), _bits(high)
+
+        return self._over_groups("clamp_kernel", given, _tile_of_rows, workspace, table)
 
     def _over_groups(
         self,
         kernel: str,
         given: Callable[[torch.dtype], tuple[Any, ...]],
-        shape: Callable[[int], dict[str, Any]],
+        constants_for: Callable[[int], dict[str, Any]],
         workspace: Workspace,
         table: Table,
     ) -> list[_Launch]:
-        """Return one launch per dtype; ``shape`` is told how many elements 16 bytes hold."""
+        """Return one launch per dtype; ``constants_for`` is told how many elements 16 bytes hold."""
         launches = []
         for group in table.groups:
             itemsize = group.dtype.itemsize
-            constants = shape(_VEC_BYTES // itemsize)
+            constants = constants_for(_VEC_BYTES // itemsize)
             constants["DTYPE"] = getattr(self._kernels.tl, str(group.dtype).removeprefix("torch."))
             constants.update(CHUNK=CHUNK_BYTES // itemsize, CHUNK_BYTES=CHUNK_BYTES)
             constants.update(_options(_LANES, workspace))
-            arguments = (*given(group.dtype), group.first, group.last)
+            arguments = (table.on_device, *given(group.dtype), group.first, group.last)
             programs = min(group.chunks, workspace.programs)
             launches.append(_Launch(getattr(self._kernels, kernel), programs, arguments, constants))
         return launches
@@ -246,6 +276,11 @@ class TritonBackend:
             if capability < _OLDEST_CAPABILITY:
                 return f"compute capability 7.0 is needed, a device here has {capability[0]}.{capability[1]}"
         return None
+
+
+def _tile_of_rows(vec: int) -> dict[str, Any]:
+    """Return the shape of a tile whose rows are the 16 bytes that are stored together or not at all."""
+    return {"ROWS": _CHANGE_VECS * _LANES, "COLS": vec, "BLOCK": _LANES * vec}
 
 
 def _options(lanes: int, workspace: Workspace) -> dict[str, Any]:

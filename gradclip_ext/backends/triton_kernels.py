@@ -221,9 +221,32 @@ def norm_kernel(
         tl.store(partials_ptr + 2 * chunk + 1, total)
 
 
-@triton.jit(do_not_specialize=["p_bits", "chunks"])
-def finish_kernel(partials_ptr, norm_ptr, p_bits: tl.int64, chunks, ORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the norm. One program: the order of the sum depends on the number of partials alone.
+@triton.jit
+def _coefficient(norm, max_norm):
+    """Return min(1, max_norm / (norm + 1e-6)) in torch's order, reciprocal first; NaN stays NaN."""
+    FLOAT: tl.constexpr = norm.dtype
+    shifted = norm + tl.full((), 1e-6, FLOAT)
+    if FLOAT == tl.float32:
+        coef = tl.div_rn(tl.full((), 1.0, FLOAT), shifted) * max_norm.to(FLOAT)
+    else:
+        coef = 1.0 / shifted * max_norm
+    return tl.where(coef > 1.0, 1.0, coef)
+
+
+@triton.jit(do_not_specialize=["p_bits", "max_norm_bits", "chunks"])
+def finish_kernel(
+    partials_ptr,
+    norm_ptr,
+    clip_coef_ptr,
+    p_bits: tl.int64,
+    max_norm_bits: tl.int64,
+    chunks,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the norm, and the coefficient if there is a pointer for it, each in its pointer's dtype.
+
+    One program: the order of the sum depends on the number of partials alone.
 
     One pass if no chunk left the range, so that every ``most`` is 1, or 0 for a chunk of zeros; two
     otherwise. It reads 1/4096 of what norm_kernel reads, but on one SM.
@@ -251,7 +274,10 @@ def finish_kernel(partials_ptr, norm_ptr, p_bits: tl.int64, chunks, ORDER: tl.co
                     total = tl.load(partials_ptr + 2 * (start + lanes) + 1, mask=mask, other=0.0)
                     sums += total * _power(most / norm, p, ORDER)
             norm *= _root(tl.sum(sums, axis=0), p, ORDER)
-    tl.store(norm_ptr, norm)
+    total_norm = norm.to(norm_ptr.dtype.element_ty)
+    tl.store(norm_ptr, total_norm)
+    if clip_coef_ptr is not None:
+        tl.store(clip_coef_ptr, _coefficient(total_norm, _float64(max_norm_bits)))
 
 
 # ---------------------------------------------------------------- scale and clamp

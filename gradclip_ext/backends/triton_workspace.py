@@ -60,14 +60,18 @@ class Group:
 class Table:
     """What the kernels have to know of a list of tensors, none of which is kept.
 
-    ``rows`` is what triton_kernels.py calls a table; ``irregular`` are the places in the list of
-    what it cannot hold: complex tensors and those with gaps in memory.
+    ``rows``, and its copy ``on_device``, is what triton_kernels.py calls a table; ``irregular`` are
+    the places in the list of what it cannot hold: complex tensors and those with gaps in memory.
+    ``norm_dtype`` is that of a norm that is returned to users.
     """
+
+    on_device: Tensor
 
     def __init__(self, key: _Key, tensors: Sequence[Tensor]) -> None:
         irregular = {i for i, _, _ in key.strided if _flat_view(tensors[i]) is None}
         irregular.update(i for i, dtype in enumerate(key.dtypes) if dtype.is_complex)
         self.irregular = sorted(irregular)
+        self.norm_dtype = torch.float64 if torch.float64 in key.dtypes else torch.float32
         self.groups: list[Group] = []
         self.rows = array("q")
         self.chunks = 0
@@ -139,20 +143,20 @@ class Workspace:
             self.programs = _PROGRAMS_PER_SM * properties.multi_processor_count
             self.warp_size = properties.warp_size  # 64 on ROCm's data centre devices
         self._captured = captured
-        self._tables: list[tuple[_Key, Table, Tensor]] = []
+        self._tables: list[tuple[_Key, Table]] = []
         self._partials = torch.empty(0, dtype=torch.float64, device=device)
 
-    def table(self, tensors: Sequence[Tensor]) -> tuple[Table, Tensor]:
-        """Return the table of these tensors and its rows on the device, uploaded if they are new."""
+    def table(self, tensors: Sequence[Tensor]) -> Table:
+        """Return the table of these tensors, uploaded if it is new."""
         key = _key(tensors)
         for position, entry in enumerate(self._tables):
             if entry[0] == key:
                 self._tables.insert(0, self._tables.pop(position))
-                return entry[1:]
+                return entry[1]
         table = Table(key, tensors)
-        entry = key, table, self._upload(table.rows)
-        self._tables = [entry, *self._tables[: _TABLES - 1]]
-        return entry[1:]
+        table.on_device = self._upload(table.rows)
+        self._tables = [(key, table), *self._tables[: _TABLES - 1]]
+        return table
 
     def _upload(self, rows: array[int]) -> Tensor:
         source = torch.frombuffer(rows, dtype=torch.int64)
