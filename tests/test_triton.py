@@ -1,17 +1,13 @@
-"""The triton backend: what it launches, when it cannot serve, and its kernels in processes of their own.
+"""The triton backend: what it launches, and when it cannot serve. Looked at without Triton.
 
-The kernels run in Triton's interpreter and compile for a GPU that is not there, each in a process
-of its own, because TRITON_INTERPRET decides at import. What it launches is looked at without Triton.
+The kernels themselves: test_triton_interpreted.py, which runs test_triton_kernels.py and the suite;
+test_triton_compiled.py; test_triton_gpu.py.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
 import math
-import os
-import re
 import threading
 import warnings
 from itertools import pairwise
@@ -20,141 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import parameter
-from subprocesses import PACKAGE_ROOT, TESTS, run_python
+from subprocesses import run_with_triton
 from torch import Tensor
 
 import gradclip_ext
 from gradclip_ext import backends
 from gradclip_ext.backends import triton_workspace
 from gradclip_ext.backends.triton import CompileError, TritonBackend
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
-)
-
-
-def run(*args: object, timeout: float, interpret: bool = False) -> str:
-    """Run Python on the package and this folder's helpers, and return stdout."""
-    path = os.pathsep.join((str(PACKAGE_ROOT), str(TESTS)))
-    return run_python(
-        *map(str, args),
-        timeout=timeout,
-        PYTHONPATH=path,
-        TRITON_INTERPRET="1" if interpret else "0",
-        GRADCLIP_EXT_BACKEND="",
-    )
-
-
-# ---------------------------------------------------------------- the kernels, in other processes
-
-
-@needs_triton
-def test_suite_in_the_interpreter() -> None:
-    """All that the suite asks of a backend, and what only these kernels can get wrong."""
-    why_not = "from gradclip_ext import backends; print(backends.ALL['triton'].unusable('cpu') or '')"
-    reason = run("-c", why_not, timeout=120, interpret=True).strip()
-    if reason:
-        pytest.skip(f"Triton's interpreter does not serve here: {reason}")
-    out = run(
-        *("-m", "pytest", TESTS, "--ignore", __file__, "-c", TESTS.parent / "pyproject.toml"),
-        *("-p", "triton_interpreted", "-p", "no:cacheprovider", "-W", "ignore", "-rs"),
-        *("-k", "triton-cpu or test_triton_kernels"),
-        timeout=900,
-        interpret=True,
-    )
-    passed = re.search(r"(\d+) passed", out)
-    assert passed and int(passed[1]) > 300, out
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What triton_compiled.py found, for sm_90."""
-    return compiled_for("cuda", tmp_path_factory)
-
-
-def compiled_for(target: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("triton_cache")
-    report: dict[str, Any] = json.loads(run(TESTS / "triton_compiled.py", folder, target, timeout=300))
-    return report
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: torch.dtype) -> None:
-    """For every wide access there is one narrow way beside it, for what is left over or not aligned."""
-    wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
-    narrow, vec = f"b{8 * dtype.itemsize}", 16 // dtype.itemsize
-    # Vectors a lane: 8 to sum; 8 for the largest and 1 to sum again, should a chunk leave the range.
-    for name, loads, stores in (
-        (f"norm_kernel {dtype} p=2.0", 17, 0),
-        (f"norm_kernel {dtype} p=3.0", 9, 0),
-        (f"scale_kernel {dtype} p=2.0", 4, 4),
-        (f"clamp_kernel {dtype} p=2.0", 4, 4),
-    ):
-        accesses = compiled["kernels"][name]["accesses"]
-        assert accesses.get(f"ld.global.{wide}", 0) == loads, (name, accesses)
-        assert accesses.get(f"st.global.{wide}", 0) == stores, (name, accesses)
-        # A table has 64-bit entries, the coefficient is a float32, partials are float64.
-        others = {"b64": 7} | ({"b32": 1} if "scale" in name else {})
-        expected = loads * vec if "norm" in name else vec
-        assert accesses.get(f"ld.global.{narrow}", 0) == expected + others.get(narrow, 0), (name, accesses)
-        others = {"b64": 2} if "norm" in name else {}
-        expected = 0 if "norm" in name else vec
-        assert accesses.get(f"st.global.{narrow}", 0) == expected + others.get(narrow, 0), (name, accesses)
-
-
-@needs_triton
-def test_whole_tiles_move_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All that is known of ROCm: the kernels compile for gfx942, and how they get at memory there."""
-    report = compiled_for("hip", tmp_path_factory)
-    if "missing" in report:
-        pytest.skip(report["missing"])
-    for name, found in report["kernels"].items():
-        accesses = found["accesses"]
-        if not name.startswith("finish_kernel"):
-            loads = 8 if "norm" in name else 4
-            assert accesses.get("global_load_dwordx4", 0) >= loads, (name, accesses)
-        if name.startswith(("scale_kernel", "clamp_kernel")):
-            assert accesses.get("global_store_dwordx4", 0) >= 4, (name, accesses)
-
-
-@needs_triton
-def test_no_element_is_converted_to_float64(compiled: dict[str, Any]) -> None:
-    """A GPU with little float64 converts as fast as it reads only if 8 elements share a conversion."""
-    for name, found in compiled["kernels"].items():
-        if "p=2.0" not in name or "float64" in name:
-            continue
-        vec = 4 if "float32" in name else 8
-        # A column of 8 vectors is one conversion an element of the vector; as many when a chunk is
-        # summed again, a row at a time, and one for its largest element.
-        allowed = 2 * vec + 1 if "norm" in name else 0
-        assert found["to_float64"] <= allowed, (name, found)
-
-
-@needs_triton
-def test_the_coefficient_is_rounded_as_torchs(compiled: dict[str, Any]) -> None:
-    """Triton's own float32 division is approximate."""
-    for name, found in compiled["kernels"].items():
-        if "p=2.0" in name:
-            assert found["approximate"] == {}, (name, found)
-
-
-@needs_triton
-def test_loads_of_a_tile_are_in_flight_together(compiled: dict[str, Any]) -> None:
-    """ptxas likes to put arithmetic and stores between them."""
-    for name, found in compiled["kernels"].items():
-        if found["in_flight"] is None:
-            pytest.skip("this Triton brings no nvdisasm")
-        expected = {"norm_kernel": 8, "scale_kernel": 4, "clamp_kernel": 4}.get(name.split()[0], 0)
-        assert found["in_flight"] >= expected, (name, found)
-
-
-@needs_triton
-def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str, Any]) -> None:
-    assert set(compiled["binaries"].values()) == {1}, compiled["binaries"]
-    assert compiled["orders"] == compiled["bounds"] == 1
-
 
 # ---------------------------------------------------------------- launches
 
@@ -445,8 +313,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "not installed" in run("-c", code, timeout=120, interpret=True)
-    assert "TRITON_INTERPRET=1" in run("-c", code, timeout=120)
+    assert "not installed" in run_with_triton("-c", code, timeout=120, interpret=True)
+    assert "TRITON_INTERPRET=1" in run_with_triton("-c", code, timeout=120)
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:
@@ -459,95 +327,4 @@ gradclip_ext.clip_grad_norm_(w, 1.0)
 gradclip_ext.clip_grad_value_(w, 1.0)
 print([name for name in set(sys.modules) - before if name.split(".")[0] == "triton"])
 """
-    assert run("-c", code, timeout=120).strip() == "[]"
-
-
-# ---------------------------------------------------------------- a GPU
-
-
-needs_gpu = pytest.mark.skipif(
-    backends.ALL["triton"].unusable("cuda") is not None,
-    reason=f"triton cannot serve a GPU here: {backends.ALL['triton'].unusable('cuda')}",
-)
-
-
-def gpu_parameters() -> list[Tensor]:
-    shapes = ((70_000,), (33,), (129, 65), ())
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
-    return [parameter(torch.randn(s, device="cuda").to(d)) for s, d in zip(shapes, dtypes)]
-
-
-@needs_gpu
-def test_captured_graph_replays_on_new_values() -> None:
-    params, others = gpu_parameters(), gpu_parameters()
-    gradclip_ext.clip_grad_norm_(params, 1.0, backend="triton")  # compiles
-    gradclip_ext.clip_grad_value_(params, 1.0, backend="triton")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend="triton")
-        gradclip_ext.clip_grad_value_(params, 0.003, backend="triton")
-    for scale in (1e-6, 3.0, 500.0):  # the first is not clipped
-        for _ in range(20):  # other tables, and other uses of page-locked memory, come and go
-            gradclip_ext.clip_grad_norm_([parameter(p.grad.clone()) for p in others], 1.0, backend="triton")
-        twins = [parameter(torch.randn_like(p.grad) * scale) for p in params]
-        for param, twin in zip(params, twins):
-            param.grad.copy_(twin.grad)
-        graph.replay()
-        expected = gradclip_ext.clip_grad_norm_(twins, 1.0, backend="triton")
-        gradclip_ext.clip_grad_value_(twins, 0.003, backend="triton")
-        assert torch.equal(norm, expected)
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(params, twins))
-
-
-@needs_gpu
-def test_nothing_synchronizes() -> None:
-    for warm in (True, False):  # lists of their own, so that tables are uploaded under scrutiny, too
-        params = gpu_parameters()
-        torch.cuda.set_sync_debug_mode("default" if warm else "error")
-        try:
-            for _ in range(2):
-                gradclip_ext.clip_grad_norm_(params, 1.0, backend="triton")
-                gradclip_ext.clip_grad_value_(params, 0.1, backend="triton")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-def test_streams_and_threads_have_memory_of_their_own() -> None:
-    """Two threads on two streams; what they share is the lock under which they launch."""
-    lists = [[torch.randn(n, device="cuda") for n in (100_000, 3, size)] for size in (40_000, 2_000_000)]
-    backend = backends.ALL["triton"]
-    expected = [backend.norm(grads, 2.0) for grads in lists]
-    torch.cuda.synchronize()
-    wrong: list[int] = []
-
-    def work(which: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            norms = [backend.norm(lists[which], 2.0) for _ in range(50)]
-            wrong.extend(which for norm in norms if not torch.equal(norm, expected[which]))
-
-    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-@needs_gpu
-def test_agrees_with_cuda() -> None:
-    """The gradients bit for bit, given one coefficient; the norm within 1e-7."""
-    cuda = backends.ALL.get("cuda")
-    reason = "there is no cuda backend" if cuda is None else cuda.unusable("cuda")
-    if cuda is None or reason is not None:
-        pytest.skip(f"nothing to compare with: {reason}")
-    grads = [p.grad for p in gpu_parameters()]
-    for p in (1.0, 2.0, 3.0, math.inf):
-        theirs = cuda.norm(grads, p).double()
-        assert backends.ALL["triton"].norm(grads, p).item() == pytest.approx(theirs.item(), rel=1e-7), p
-    coef = torch.tensor(0.3, device="cuda")
-    for change in (lambda b, g: b.scale_(g, coef), lambda b, g: b.clamp_(g, -0.2, 0.1)):
-        ours, theirs = ([g.clone() for g in grads] for _ in range(2))
-        change(backends.ALL["triton"], ours)
-        change(cuda, theirs)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert run_with_triton("-c", code, timeout=120).strip() == "[]"

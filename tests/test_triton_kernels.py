@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU tensors, in Triton's interpreter; test_triton.py runs this file in a process.
+"""The Triton kernels on CPU tensors, in Triton's interpreter; test_triton_interpreted.py runs this file.
 
 What every backend must do is in the shared suite, which runs there, too. Here is what only these
 kernels can get wrong: tiles, chunks, programs, alignment, and what they store.

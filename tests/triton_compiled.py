@@ -1,4 +1,4 @@
-"""Run by test_triton.py in a process without TRITON_INTERPRET: compile for a GPU that need not be there.
+"""Run by test_triton_compiled.py in a process of its own: compile for a GPU that need not be there.
 
     python triton_compiled.py FOLDER cuda|hip
 

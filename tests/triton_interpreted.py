@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python -m pytest tests -p triton_interpreted -k triton
 
-with this folder on PYTHONPATH; test_triton.py does so. Nothing here changes what a kernel computes.
+with this folder on PYTHONPATH; test_triton_interpreted.py does so. Nothing here changes what a
+kernel computes.
 """
 
 from __future__ import annotations
