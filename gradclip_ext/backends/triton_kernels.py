@@ -14,7 +14,7 @@ come as the bits of a float64 in an integer, because Triton passes a Python floa
 """
 
 # mypy: ignore-errors
-# ruff: noqa: PLR0917, SIM102, SIM300
+# ruff: noqa: PLR0917, SIM102, SIM108, SIM300
 # (inside @triton.jit, names and branches are Triton's, and so are the long lists of constants)
 
 from __future__ import annotations
@@ -177,7 +177,10 @@ def _scaled_sum(address, length, most, p, ORDER: tl.constexpr, DTYPE: tl.constex
 def _partial(
     address, length, p, ORDER: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Return the partial of a chunk. A sum that left the range is taken again; the chunk is in L2."""
+    """Return the partial of a chunk. A sum that left the range is taken again; the chunk is in L2.
+
+    So is one of 0, though it be of zeros: to tell those from lost squares, every chunk would pay.
+    """
     LEAST: tl.constexpr = LEAST_FLOAT64 if DTYPE == tl.float64 else LEAST_FLOAT32
     most = tl.full((), 1.0, tl.float64)
     total = tl.full((), 0.0, tl.float64)
@@ -223,14 +226,17 @@ def norm_kernel(
 
 @triton.jit
 def _coefficient(norm, max_norm):
-    """Return min(1, max_norm / (norm + 1e-6)) in torch's order, reciprocal first; NaN stays NaN."""
+    """Return max_norm / (norm + 1e-6) in torch's order, reciprocal first, and rounded as there.
+
+    No minimum with 1: scale_kernel leaves alone what is not below.
+    """
     FLOAT: tl.constexpr = norm.dtype
     shifted = norm + tl.full((), 1e-6, FLOAT)
     if FLOAT == tl.float32:
-        coef = tl.div_rn(tl.full((), 1.0, FLOAT), shifted) * max_norm.to(FLOAT)
+        reciprocal = tl.div_rn(tl.full((), 1.0, FLOAT), shifted)  # "/" is approximate
     else:
-        coef = 1.0 / shifted * max_norm
-    return tl.where(coef > 1.0, 1.0, coef)
+        reciprocal = 1.0 / shifted
+    return reciprocal * max_norm.to(FLOAT)
 
 
 @triton.jit(do_not_specialize=["p_bits", "max_norm_bits", "chunks"])
