@@ -250,9 +250,9 @@ class TritonBackend:
             return "Triton's interpreter is slow and has to be asked for by name"
         try:
             return self._load(device_type)
-        except ModuleNotFoundError as error:
-            return f"Triton is not installed ({error}): pip install triton"
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+                return "Triton is not installed: pip install triton"
             return f"Triton cannot be used here: {type(error).__name__}: {error}"
 
     def _load(self, device_type: str) -> str | None:
