@@ -39,11 +39,12 @@ class _Key(NamedTuple):
 
 def _key(tensors: Sequence[Tensor]) -> _Key:
     """0.2 us a tensor, most of what a call costs that finds its table."""
+    dense = all(map(Tensor.is_contiguous, tensors))
     return _Key(
         list(map(Tensor.data_ptr, tensors)),
         list(map(Tensor.numel, tensors)),
         [t.dtype for t in tensors],
-        [(i, t.shape, t.stride()) for i, t in enumerate(tensors) if not t.is_contiguous()],
+        [] if dense else [(i, t.shape, t.stride()) for i, t in enumerate(tensors) if not t.is_contiguous()],
     )
 
 
