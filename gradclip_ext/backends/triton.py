@@ -243,9 +243,7 @@ class TritonBackend:
         if device_type == "cuda" and not torch.cuda.is_available():
             return "torch finds no CUDA or ROCm device"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-            return (
-                "Triton compiles for GPUs; TRITON_INTERPRET=1 lets its interpreter serve the CPU, for tests"
-            )
+            return "the CPU is served under TRITON_INTERPRET=1 only, for tests"
         if device_type == "cpu" and self._fallback is not None:
             return "Triton's interpreter is slow and has to be asked for by name"
         try:
