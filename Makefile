@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# For a torch that brings no Triton the dev extra takes the newest, under which torch.compile of 2.6
+# does not even import.
+TRITON = $(if $(filter torch==2.6.%,$(TORCH)),"triton==3.2.0; sys_platform == 'linux'")
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 CSRC = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r
 CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'
@@ -58,7 +61,7 @@ clean:
 
 $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(RUN) -m pip install --quiet "$(TORCH)" $(TRITON) "setuptools>=77" wheel ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

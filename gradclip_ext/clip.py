@@ -108,6 +108,10 @@ def clip_grad_norm_(
         dtypes = checks.readable(grads)
         checks.writable(grads)
         plain = checks.unique(checks.as_plain(grads))
+        if not error_if_nonfinite:
+            clipped = _clip_norm_(serving, plain, max_norm, norm_type)
+            if clipped is not None:
+                return clipped
         norm = _total_norm(serving, plain, dtypes, norm_type)
         if error_if_nonfinite:
             _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
@@ -307,6 +311,18 @@ def clamp_grad_(
                 grad.clamp_(low, high)
             return
         _clamp_(serving, grads, low, high)
+
+
+def _clip_norm_(
+    serving: Serving, grads: Sequence[Tensor], max_norm: float, norm_type: float
+) -> Tensor | None:
+    """Return the norm if one backend serves all and could do everything at once; None if nothing is done."""
+    (backend, *others) = serving.values()
+    clip_norm_ = getattr(backend, "clip_norm_", None)
+    if others or clip_norm_ is None or math.isinf(max_norm):
+        return None
+    norm: Tensor | None = clip_norm_(grads, max_norm, norm_type)
+    return norm
 
 
 def _total_norm(

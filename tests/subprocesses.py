@@ -27,3 +27,17 @@ def run_python(*args: str, timeout: float, **environment: str) -> str:
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def run_with_triton(*args: object, timeout: float, interpret: bool = False) -> str:
+    """Run Python on the package and this folder's helpers, and return stdout.
+
+    Whether Triton compiles or interprets is decided by TRITON_INTERPRET when it is imported.
+    """
+    return run_python(
+        *map(str, args),
+        timeout=timeout,
+        PYTHONPATH=os.pathsep.join((str(PACKAGE_ROOT), str(TESTS))),
+        TRITON_INTERPRET="1" if interpret else "0",
+        GRADCLIP_EXT_BACKEND="",
+    )

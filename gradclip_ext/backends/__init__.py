@@ -16,10 +16,15 @@ from torch import Tensor
 from gradclip_ext import _core
 from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
+from gradclip_ext.backends.triton import TritonBackend
 
 
 class Backend(Protocol):
-    """What a backend can do. Every list lives on one device and holds plain, checked tensors."""
+    """What a backend can do. Every list lives on one device and holds plain, checked tensors.
+
+    A backend may have ``clip_norm_(grads, max_norm, norm_type)`` besides, which does all of clipping
+    by norm, or nothing and returns None: see :meth:`TritonBackend.clip_norm_`.
+    """
 
     name: str
 
@@ -39,7 +44,14 @@ class Backend(Protocol):
 
 
 # In order of preference: without a name, a device is served by the first one that is usable for it.
-ALL: dict[str, Backend] = {"cuda": CudaBackend(), "cpu": CpuBackend(), "foreach": ForeachBackend()}
+ALL: dict[str, Backend] = {
+    "cuda": CudaBackend(),
+    "triton": TritonBackend(),
+    "cpu": CpuBackend(),
+    "foreach": ForeachBackend(),
+}
+# For callers who name none: a backend that fails after all gives way instead of raising.
+_AUTOMATIC: dict[str, Backend] = {**ALL, "triton": TritonBackend(fallback=ALL["foreach"])}
 _LOOP = ForeachBackend(batched=False)
 
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
@@ -97,7 +109,7 @@ def choose(
         elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
             serving[device] = ALL["foreach"]
         elif asked is None:
-            serving[device] = next(b for b in ALL.values() if b.unusable(device) is None)
+            serving[device] = next(b for b in _AUTOMATIC.values() if b.unusable(device) is None)
         else:
             serving[device] = ALL[asked]
             reason = ALL[asked].unusable(device)

@@ -1,0 +1,103 @@
+"""What Triton makes of the kernels for GPUs that need not be there, in a process of its own.
+
+Without its hint of alignment a tile is loaded two bytes at a time, and no test of values notices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+import torch
+from subprocesses import TESTS, run_with_triton
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What triton_compiled.py found, for sm_90."""
+    return compiled_for("cuda", tmp_path_factory)
+
+
+def compiled_for(target: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("triton_cache")
+    report: dict[str, Any] = json.loads(
+        run_with_triton(TESTS / "triton_compiled.py", folder, target, timeout=300)
+    )
+    return report
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: torch.dtype) -> None:
+    """For every wide access there is one narrow way beside it, for what is left over or not aligned."""
+    wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
+    narrow, vec = f"b{8 * dtype.itemsize}", 16 // dtype.itemsize
+    # Vectors a lane: 8 to sum; 8 for the largest and 1 to sum again, should a chunk leave the range.
+    for name, loads, stores in (
+        (f"norm_kernel {dtype} p=2.0", 17, 0),
+        (f"norm_kernel {dtype} p=3.0", 9, 0),
+        (f"scale_kernel {dtype} p=2.0", 4, 4),
+        (f"clamp_kernel {dtype} p=2.0", 4, 4),
+    ):
+        accesses = compiled["kernels"][name]["accesses"]
+        assert accesses.get(f"ld.global.{wide}", 0) == loads, (name, accesses)
+        assert accesses.get(f"st.global.{wide}", 0) == stores, (name, accesses)
+        # A table has 64-bit entries, the coefficient is a float32, partials are float64.
+        others = {"b64": 7} | ({"b32": 1} if "scale" in name else {})
+        expected = loads * vec if "norm" in name else vec
+        assert accesses.get(f"ld.global.{narrow}", 0) == expected + others.get(narrow, 0), (name, accesses)
+        others = {"b64": 2} if "norm" in name else {}
+        expected = 0 if "norm" in name else vec
+        assert accesses.get(f"st.global.{narrow}", 0) == expected + others.get(narrow, 0), (name, accesses)
+
+
+def test_whole_tiles_move_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All that is known of ROCm: the kernels compile for gfx942, and how they get at memory there."""
+    report = compiled_for("hip", tmp_path_factory)
+    if "missing" in report:
+        pytest.skip(report["missing"])
+    for name, found in report["kernels"].items():
+        accesses = found["accesses"]
+        if not name.startswith("finish_kernel"):
+            loads = 8 if "norm" in name else 4
+            assert accesses.get("global_load_dwordx4", 0) >= loads, (name, accesses)
+        if name.startswith(("scale_kernel", "clamp_kernel")):
+            assert accesses.get("global_store_dwordx4", 0) >= 4, (name, accesses)
+
+
+def test_no_element_is_converted_to_float64(compiled: dict[str, Any]) -> None:
+    """A GPU with little float64 converts as fast as it reads only if 8 elements share a conversion."""
+    for name, found in compiled["kernels"].items():
+        if "p=2.0" not in name or "float64" in name:
+            continue
+        vec = 4 if "float32" in name else 8
+        # A column of 8 vectors is one conversion an element of the vector; as many when a chunk is
+        # summed again, a row at a time, and one for its largest element.
+        allowed = 2 * vec + 1 if "norm" in name else 0
+        assert found["to_float64"] <= allowed, (name, found)
+
+
+def test_the_coefficient_is_rounded_as_torchs(compiled: dict[str, Any]) -> None:
+    """Triton's own float32 division is approximate."""
+    for name, found in compiled["kernels"].items():
+        if "p=2.0" in name:
+            assert found["approximate"] == {}, (name, found)
+
+
+def test_loads_of_a_tile_are_in_flight_together(compiled: dict[str, Any]) -> None:
+    """ptxas likes to put arithmetic and stores between them."""
+    for name, found in compiled["kernels"].items():
+        if found["in_flight"] is None:
+            pytest.skip("this Triton brings no nvdisasm")
+        expected = {"norm_kernel": 8, "scale_kernel": 4, "clamp_kernel": 4}.get(name.split()[0], 0)
+        assert found["in_flight"] >= expected, (name, found)
+
+
+def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str, Any]) -> None:
+    assert set(compiled["binaries"].values()) == {1}, compiled["binaries"]
+    assert compiled["orders"] == compiled["bounds"] == 1

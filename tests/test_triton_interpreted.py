@@ -1,0 +1,35 @@
+"""The suite on Triton's interpreter, in a process of its own: the kernels on CPU tensors.
+
+triton_interpreted.py says which tests are not for it, and why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+from subprocesses import TESTS, run_with_triton
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
+def test_suite_in_the_interpreter() -> None:
+    """All that the suite asks of a backend, and what only these kernels can get wrong."""
+    why_not = (
+        "import torch; from gradclip_ext import backends; "
+        "print(backends.ALL['triton'].unusable(torch.device('cpu')) or '')"
+    )
+    reason = run_with_triton("-c", why_not, timeout=120, interpret=True).strip()
+    if reason:
+        pytest.skip(f"Triton's interpreter does not serve here: {reason}")
+    out = run_with_triton(
+        *("-m", "pytest", TESTS, "-c", TESTS.parent / "pyproject.toml"),
+        *("-p", "triton_interpreted", "-p", "no:cacheprovider", "-W", "ignore", "-rs"),
+        *("-k", "triton-cpu or test_triton_kernels"),
+        timeout=900,
+        interpret=True,
+    )
+    passed = re.search(r"(\d+) passed", out)
+    assert passed and int(passed[1]) > 300, out

@@ -1,0 +1,345 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter; test_triton_interpreted.py runs this file.
+
+What every backend must do is in the shared suite, which runs there, too. Here is what only these
+kernels can get wrong: tiles, chunks, programs, alignment, and what they store.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradclip_ext import backends, reference
+from gradclip_ext.backends import triton_workspace
+
+backend = backends.ALL["triton"]
+UNUSABLE = backend.unusable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(
+    UNUSABLE is not None, reason=f"triton does not serve the CPU here: {UNUSABLE}"
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+over_orders = pytest.mark.parametrize("p", ORDERS)
+
+
+def chunk_numel(dtype: torch.dtype) -> int:
+    return triton_workspace.CHUNK_BYTES // dtype.itemsize
+
+
+def at_offset(values: Tensor, offset: int) -> Tensor:
+    """Return a copy that begins ``offset`` elements after an address that 64 divides."""
+    buffer = torch.empty(values.numel() + offset + 64, dtype=values.dtype)
+    begin = (-buffer.data_ptr() % 64) // values.element_size() + offset
+    return buffer[begin : begin + values.numel()].copy_(values)
+
+
+def borders(dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors that end at, before and after the ends of vectors, blocks, tiles and chunks."""
+    chunk = chunk_numel(dtype)
+    sizes = [1, 3, chunk // 32 + 1, chunk // 4 - 1, chunk // 4, chunk - 5, chunk, chunk + 1, 2 * chunk + 7]
+    return [torch.randn(size).to(dtype) for size in sizes]
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def assert_norm(tensors: list[Tensor], p: float) -> Tensor:
+    norm = backend.norm(tensors, p)
+    assert norm.dtype == torch.float64 and norm.shape == ()
+    exact = reference.total_norm(tensors, p)
+    # p = 1 and 2 of what is not float64 are added in float32: 2.7e-7 at worst, see _sum. All else is
+    # float64: a few roundings of power, sum and root, of which the root magnifies those before it.
+    wide = p not in (1.0, 2.0) or all(t.dtype == torch.float64 for t in tensors)
+    budget = 8 * max(1.0, 1.0 / p) * torch.finfo(torch.float64).eps if wide else 2.7e-7
+    assert norm.item() == pytest.approx(exact, rel=budget), (norm, exact, p)
+    return norm
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+# ---------------------------------------------------------------- values
+
+
+@over_orders
+@over_dtypes
+def test_norm_at_the_borders_of_tiles_and_chunks(dtype: torch.dtype, p: float) -> None:
+    assert_norm(borders(dtype), p)
+
+
+@over_dtypes
+def test_scale_touches_every_element_once(dtype: torch.dtype) -> None:
+    """The product in float32, or wider, rounded once.
+
+    The interpreter truncates a float32 to bfloat16 where compiled code rounds to nearest: it may
+    be 1 ulp off, a relative 2^-7.
+    """
+    for coef in (torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.0)):
+        grads = borders(dtype)
+        before = clones(grads)
+        backend.scale_(grads, coef)
+        for grad, old in zip(grads, before):
+            expected = old * coef
+            if dtype == torch.bfloat16:
+                assert ((grad - expected).abs() <= 2.0**-7 * expected.abs()).all()
+            else:
+                assert same(grad, expected), (dtype, coef)
+
+
+@over_orders
+def test_all_of_clipping_by_norm_at_once(p: float) -> None:
+    """The bits of the three steps: norm, coefficient in torch's operations, product."""
+    for dtypes, scale in ((DTYPES[:3], 1.0), (DTYPES, 1.0), (DTYPES, 1e-3), (DTYPES[:3], math.inf)):
+        grads = [torch.randn(n).to(d) * scale for n, d in zip((20_000, 3, 700, 5), dtypes)]
+        twins = clones(grads)
+        public = torch.float64 if torch.float64 in dtypes else torch.float32
+        for max_norm in (0.3, 1e4, 0.0):
+            clipped = backend.clip_norm_(grads, max_norm, p)
+            norm = backend.norm(twins, p).to(public)
+            backend.scale_(twins, torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0))
+            assert clipped.dtype == public and same(clipped, norm)
+            assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(grads, twins))
+
+
+@over_dtypes
+def test_clamp_touches_every_element(dtype: torch.dtype) -> None:
+    for low, high in ((-0.1, 0.7), (-math.inf, 0.2), (0.05, 0.05), (0.1, math.inf)):
+        grads = borders(dtype)
+        grads[4][:3] = torch.tensor([math.nan, math.inf, -math.inf])
+        before = clones(grads)
+        backend.clamp_(grads, low, high)
+        for grad, old in zip(grads, before):
+            assert same(grad, old.clamp(low, high)), (dtype, low, high)
+
+
+@over_dtypes
+def test_bits_of_nan_survive_a_clamp(dtype: torch.dtype) -> None:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    # Quiet NaNs with a payload and of either sign.
+    payload = torch.tensor([math.nan, math.nan, 5.0, 0.0], dtype=dtype).view(integer) + 1
+    payload[1] |= torch.iinfo(integer).min
+    grad = payload.repeat(chunk_numel(dtype) // 4 + 1).view(dtype)
+    nan, before = grad.isnan(), grad.clone()
+    backend.clamp_([grad], -1.0, 1.0)
+    assert same(grad[nan], before[nan]) and (grad[~nan] <= 1.0).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 7.3, 40.0, 300.0])
+def test_any_order(p: float) -> None:
+    """p is no float32 on the way to the kernel."""
+    assert_norm([torch.randn(3000, dtype=torch.float64), torch.randn(50, dtype=torch.float64)], p)
+    assert_norm([torch.randn(3000), torch.randn(50)], p)
+
+
+# ---------------------------------------------------------------- alignment, programs, lists
+
+
+@over_dtypes
+def test_same_bits_at_any_alignment(dtype: torch.dtype) -> None:
+    values = torch.randn(chunk_numel(dtype) + chunk_numel(dtype) // 3).to(dtype)
+    norms: dict[float, Tensor] = {}
+    for offset in (0, 1, 3, 16 // dtype.itemsize):
+        for p in (1.0, 2.0, 3.0, math.inf):
+            norm = backend.norm([at_offset(values, offset)], p)
+            assert same(norms.setdefault(p, norm), norm), (offset, p)
+        scaled, clamped = at_offset(values, offset), at_offset(values, offset)
+        backend.scale_([scaled], torch.tensor(0.25))  # exact in every dtype, by truncation, too
+        backend.clamp_([clamped], -0.5, 0.5)
+        assert same(scaled, values * 0.25) and same(clamped, values.clamp(-0.5, 0.5)), offset
+
+
+def test_same_bits_for_any_number_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for programs in (1, 2, 5, 64):
+        monkeypatch.setattr(triton_workspace, "_workspaces", {})
+        monkeypatch.setattr(triton_workspace, "_INTERPRETED_PROGRAMS", programs)
+        torch.manual_seed(1)
+        grads = [*borders(torch.float32), *borders(torch.float16)[:5]]
+        norms = [backend.norm(grads, p) for p in (1.0, 2.0, 3.0, math.inf)]
+        backend.scale_(grads, torch.tensor(0.3))
+        backend.clamp_(grads, -0.2, 0.2)
+        results.append([*norms, *grads])
+    for result in results[1:]:
+        assert all(same(a, b) for a, b in zip(result, results[0]))
+
+
+@pytest.mark.parametrize("where", [0, 2, 4])
+def test_empty_tensors_anywhere(where: int) -> None:
+    grads = [torch.randn(5), torch.randn(3, 7), torch.randn(2000), torch.randn(1)]
+    expected = [t * 0.5 for t in grads]
+    grads.insert(where, torch.empty(0, 3))
+    expected.insert(where, torch.empty(0, 3))
+    for p in (2.0, math.inf):
+        assert_norm(grads, p)
+    backend.scale_(grads, torch.tensor(0.5))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    backend.clamp_(grads, -0.1, 0.1)
+    assert all(torch.equal(a, b.clamp(-0.1, 0.1)) for a, b in zip(grads, expected))
+    backend.scale_([torch.empty(0)], torch.tensor(0.5))
+
+
+def test_a_thousand_tiny_tensors() -> None:
+    grads = [torch.randn(1 + i % 7).to(DTYPES[i % 11 % 4]) for i in range(1000)]
+    assert_norm(grads, 2.0)
+    expected = [t * 0.5 for t in grads]
+    backend.scale_(grads, torch.tensor(0.5))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+
+
+def test_a_list_that_changes_between_calls() -> None:
+    """Sizes, dtypes and strides change under the same pointers; tables must follow."""
+    memory = torch.randn(4096)
+    for view in (
+        memory,
+        memory[:100],
+        memory[:100].view(torch.float16),
+        memory[:50].view(torch.bfloat16),
+        memory[: 2 * 50 : 2],
+        memory[:100].view(10, 10).t(),
+        memory[:100],
+    ):
+        tensors = [view, torch.ones(3)]
+        exact = reference.total_norm(tensors)
+        assert backend.norm(tensors, 2.0).item() == pytest.approx(exact, rel=1e-6, nan_ok=True)
+
+
+def test_irregular_tensors_go_their_own_way() -> None:
+    grads = [
+        torch.randn(500),
+        torch.randn(40, 3)[:, 1],
+        torch.randn(7, dtype=torch.complex64),
+        torch.randn(6, 5).t(),
+    ]
+    expected = [t * 0.5 for t in grads]
+    for p in ORDERS:
+        assert_norm(grads, p)
+    backend.scale_(grads, torch.tensor(0.5))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    huge = [torch.randn(50) * 1e30, torch.randn(9, 2)[:, 0] * 1e30]
+    for p in (3.0, 40.0):  # a sum of powers of the two norms would overflow
+        assert_norm(huge, p)
+
+
+def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk of a tensor of 4 GiB, of which memory has the touched pages only.
+
+    Its table counts the chunks from the last one on, and a tensor of nothing stands before it.
+    """
+    numel, last = 2**31 + 40, 2**31 // chunk_numel(torch.float16)
+    x = torch.empty(numel, dtype=torch.float16)
+    x[-40:] = values = torch.randn(40).half()
+
+    def table(key: triton_workspace._Key, tensors: list[Tensor]) -> triton_workspace.Table:
+        made = genuine(key, tensors)
+        assert made.rows.tolist() == [x.data_ptr(), numel, 0, 0, 0, last + 1]
+        made.rows = array("q", [0, 0, last, x.data_ptr(), numel, 0, 0, 0, last + 1])
+        made.groups = [triton_workspace.Group(torch.float16, 0, 2, 1)]
+        return made
+
+    genuine = triton_workspace.Table
+    monkeypatch.setattr(triton_workspace, "Table", table)
+    monkeypatch.setattr(triton_workspace, "_workspaces", {})
+    backend.scale_([x], torch.tensor(0.5))
+    assert torch.equal(x[-40:], values * 0.5)
+    backend.clamp_([x], -0.1, 0.1)
+    assert torch.equal(x[-40:], (values * 0.5).clamp(-0.1, 0.1))
+
+
+# ---------------------------------------------------------------- NaN, infinity, the range
+
+
+@over_dtypes
+def test_nan_and_infinity_anywhere(dtype: torch.dtype) -> None:
+    chunk = chunk_numel(dtype)
+    for position in (0, 17, chunk // 4, chunk - 1, chunk + 1):
+        for p in (1.0, 2.0, 3.0, math.inf):
+            grad = torch.randn(chunk + 2).to(dtype)
+            grad[position] = -math.inf
+            assert backend.norm([torch.ones(3), grad], p) == math.inf
+            grad[position - 1] = -math.nan
+            assert backend.norm([grad, torch.ones(3)], p).isnan()
+
+
+@over_orders
+@pytest.mark.parametrize(
+    "dtype, scales", [(torch.float32, (1e-38, 1e-25, 1e18, 1e37)), (torch.float64, (1e-300, 1e300))]
+)
+def test_range(dtype: torch.dtype, scales: tuple, p: float) -> None:
+    """Chunks that overflow, that vanish, that are zero and that are ordinary, in one list."""
+    for scale in scales:
+        x = torch.randn(chunk_numel(dtype) + 50, dtype=dtype) * scale
+        norm = assert_norm([x, torch.zeros(chunk_numel(dtype), dtype=dtype)], p)
+        assert 0.0 < norm < math.inf
+        assert_norm([x, torch.randn(20, dtype=dtype), x[:9]], p)
+
+
+@over_orders
+def test_zeros_alone(p: float) -> None:
+    assert backend.norm([torch.zeros(20_000), torch.zeros(3).bfloat16()], p).item() == 0.0
+
+
+# ---------------------------------------------------------------- what is stored
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of elements of every store."""
+    from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415  (Triton may be absent)
+
+    counts: list[int] = []
+    store = InterpreterBuilder.create_masked_store
+
+    def counted(self, ptrs, value, mask, *rest):  # type: ignore[no-untyped-def]
+        counts.append(int(mask.data.sum()))
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted)
+    yield counts
+
+
+@pytest.mark.parametrize("coef", [1.0, 1.5, math.inf])
+def test_scale_stores_nothing_where_nothing_is_clipped(stored: list[int], coef: float) -> None:
+    grads = borders(torch.float32)
+    before, versions = clones(grads), [g._version for g in grads]
+    backend.scale_(grads, torch.tensor(coef))
+    assert stored == [] and all(same(a, b) for a, b in zip(grads, before))
+    assert all(g._version > v for g, v in zip(grads, versions)), "autograd has to be told all the same"
+
+
+def test_read_only_memory_is_left_alone() -> None:
+    """Pages that cannot be written: a store of unchanged values would kill the process."""
+    with pytest.warns(UserWarning, match="not writable"):
+        grad = torch.frombuffer(mmap.mmap(-1, 4 * 20_000, prot=mmap.PROT_READ), dtype=torch.float32)
+    backend.scale_([grad], torch.tensor(1.0))
+    backend.clamp_([grad], -1.0, 1.0)
+
+
+@over_dtypes
+def test_clamp_stores_only_what_changes(stored: list[int], dtype: torch.dtype) -> None:
+    vec = 16 // dtype.itemsize
+    grad = at_offset(torch.zeros(chunk_numel(dtype) + 10, dtype=dtype), 0)
+    grad[[3, 5 * vec, -1]] = 2.0
+    backend.clamp_([grad], -1.0, 1.0)
+    assert sum(stored) == 2 * vec + 1, "two vectors of whole tiles, one element of the rest"
+    stored.clear()
+    backend.clamp_([grad], -1.0, 1.0)
+    assert sum(stored) == 0
+
+
+def test_partial_overlap_is_scaled_in_list_order() -> None:
+    base = torch.randn(100)
+    expected = base.clone()
+    for view in (expected[:60], expected[40:]):
+        view.mul_(0.5)
+    backend.scale_([base[:60], base[40:]], torch.tensor(0.5))
+    assert torch.equal(base, expected)

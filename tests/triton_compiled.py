@@ -1,0 +1,129 @@
+"""Run by test_triton_compiled.py in a process of its own: compile for a GPU that need not be there.
+
+    python triton_compiled.py FOLDER cuda|hip
+
+FOLDER holds Triton's cache. Compiles for sm_90 or for gfx942. Prints one JSON object: for every
+kernel and dtype the accesses to global memory in its PTX or GCN, for sm_90 also the conversions to
+float64, divisions and roots that are not rounded correctly, and how many 16-byte loads its machine
+code has in flight; and how many binaries several lists, orders and bounds have led to.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from gradclip_ext.backends import triton_kernels, triton_workspace
+from gradclip_ext.backends.triton import TritonBackend, _Launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGET = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}[sys.argv[2]]
+driver.set_active(
+    SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: TARGET,
+    )
+)
+
+
+class Recorder(TritonBackend):
+    """Compiles what would be launched, as the backend does, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kernels = triton_kernels
+        self.compiled: dict[str, Any] = {}
+
+    def _enqueue(self, launches: list[_Launch], device: torch.device) -> None:
+        for launch in launches:
+            given = {**launch.constants, "grid": (1,)}
+            self.compiled[launch.kernel.__name__] = launch.kernel.warmup(*launch.arguments, **given)
+
+
+def verbs(grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: float = 0.5) -> dict[str, Any]:
+    """Return the binaries that all verbs together use for a list."""
+    backend = Recorder()
+    with triton_workspace.workspace_of(grads[0].device) as workspace:
+        workspace.warp_size = TARGET.warp_size
+    backend.norm(grads, p)
+    backend.clip_norm_(grads, 1.0, p)
+    backend.scale_(grads, torch.tensor(coef))
+    backend.clamp_(grads, -bound, bound)
+    return backend.compiled
+
+
+def counted(pattern: str, text: str) -> dict[str, int]:
+    return dict(collections.Counter(re.findall(pattern, text)))
+
+
+def looked_at(binary: Any) -> dict[str, Any]:
+    if TARGET.backend == "hip":
+        accesses = counted(r"(?:global|flat)_(?:load|store)_\w+", binary.asm["amdgcn"])
+        return {"accesses": accesses}
+    ptx = binary.asm["ptx"]
+    return {
+        "accesses": counted(r"(?:ld|st)\.global[.\w:]*", ptx),
+        "to_float64": sum(counted(r"cvt[.\w]*\.f64\.(?:f32|f16|bf16)", ptx).values()),
+        "approximate": counted(r"(?:div|rcp|sqrt)\.(?:full|approx)[.\w]*", ptx),
+        "in_flight": loads_in_flight(binary.asm["cubin"]),
+    }
+
+
+def loads_in_flight(cubin: bytes) -> int | None:
+    """Return the length of the longest run of 16-byte loads that nothing waits for or stores between."""
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not disassembler.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run(
+            [disassembler, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    longest = run = 0
+    for opcode in re.findall(r"(LDG\.E\.128|STG|BAR|BRA)", sass):
+        run = run + 1 if opcode == "LDG.E.128" else 0
+        longest = max(longest, run)
+    return longest
+
+
+def main() -> None:
+    report: dict[str, Any] = {"kernels": {}}
+    for dtype, p in itertools.product(DTYPES, (2.0, 3.0)):
+        for name, binary in verbs([torch.ones(5, dtype=dtype)], p).items():
+            if p == 2.0 or name == "norm_kernel":
+                report["kernels"][f"{name} {dtype} p={p}"] = looked_at(binary)
+    lists = [[torch.ones(3) for _ in range(n)] for n in (1, 2, 16, 17, 300)] + [[torch.ones(2**21 + 1)]]
+    report["binaries"] = {
+        name: len({id(binaries[name]) for binaries in [verbs(grads) for grads in lists]})
+        for name in ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+    }
+    report["orders"] = len({id(verbs(lists[0], p)["norm_kernel"]) for p in (0.5, 3.0, 0.1, 7.0, 4.0)})
+    report["bounds"] = len({id(verbs(lists[0], bound=b)["clamp_kernel"]) for b in (0.0, 1.0, 0.3, 1e30)})
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:
+        if "lld not found" not in str(error):
+            raise
+        print(json.dumps({"missing": f"Triton {triton.__version__} has no linker for AMD: {error}"}))

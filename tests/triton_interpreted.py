@@ -1,0 +1,66 @@
+"""A pytest plugin for running the suite on Triton's interpreter: what it cannot do, and its worst delay.
+
+    TRITON_INTERPRET=1 python -m pytest tests -p triton_interpreted -k triton
+
+with this folder on PYTHONPATH; test_triton_interpreted.py does so. Nothing here changes what a
+kernel computes.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import pytest
+from triton.runtime import interpreter
+
+# Parts of test ids, and why those tests are not for the interpreter. Compiled code runs them all.
+NOT_HERE = {
+    "test_same_bits_as_torch[triton-cpu-bfloat16]": (
+        "the interpreter truncates float32 to bfloat16 where compiled code rounds; the other tests of "
+        "products hold it to 1 ulp"
+    ),
+    "test_float32_range[triton-cpu-bfloat16": "the interpreter takes subnormal bfloat16 for zero",
+    "100_million_elements": "minutes, at a million elements a second",
+    "two_to_the_31_elements": "half an hour, at a million elements a second",
+    "test_every_element_of_a_long_list": "a minute; a list of 1,000 is in test_triton_kernels.py",
+    "test_constant_gradients": "minutes, at a million elements a second",
+    "test_sizes_around_powers_of_two": "half a minute; the borders of chunks are in test_triton_kernels.py",
+}
+HYPOTHESIS_EXAMPLES = 5
+
+
+def pytest_configure() -> None:
+    hypothesis.settings.register_profile("interpreted", max_examples=HYPOTHESIS_EXAMPLES, deadline=None)
+    hypothesis.settings.load_profile("interpreted")
+    _patch_language_once()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for part, reason in NOT_HERE.items():
+            if part in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _patch_language_once() -> None:
+    """Take a third of the time.
+
+    The interpreter puts its own functions into triton.language at every launch and at every call
+    of one kernel function by another, at a millisecond each, and takes them out after a launch.
+    In a process that compiles nothing they may stay there.
+    """
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn: Any) -> SimpleNamespace:
+        # Triton's own functions see the language under another name than ours do.
+        seen = frozenset(
+            id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core
+        )
+        if seen not in patched:
+            patch(fn)
+            patched.add(seen)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
