@@ -45,14 +45,15 @@ USUAL = Extent(DEFAULT_CASES, ("float32", "bfloat16"), loop=False, seconds=3.0, 
 FULL = Extent(tuple(CASES), DTYPES, loop=True, seconds=0.5, host_rounds=10)
 
 _EXAMPLES = """examples:
-  python -m benchmarks                              the default cases on the GPU, or on the CPU without one
-  python -m benchmarks --quick                      the same in under a minute: float32, fewer repeats
-  python -m benchmarks --full                       all cases, dtypes and implementations; see --resume
-  python -m benchmarks --list                       what --cases, --ops and --impls accept here
+  python -m benchmarks                  the default cases, on the GPU if there is one
+  python -m benchmarks --quick          the same in under a minute: float32, fewer repeats
+  python -m benchmarks --full           all cases, dtypes and implementations
+  python -m benchmarks --full --resume  the rest of it, if something ended it
+  python -m benchmarks --check before.json
+  python -m benchmarks --list           what --cases, --dtypes, --ops and --impls accept here
   python -m benchmarks --cases resnet-50 vit-b-16 --dtypes float32 mixed
   python -m benchmarks --cases all --ops get_total_norm clip_grad_norm_:clipped
   python -m benchmarks --impls foreach loop --device cpu --repeats 30
-  python -m benchmarks --check before.json          fails if any case is slower than its noise allows
 
 Every implementation is compared with float64 before it is timed: one that is wrong is shown
 with its error and without a speed-up. The file is written after every case, so whatever ends a

@@ -70,7 +70,7 @@ def transformer_engine(device: torch.device) -> Peer:
             clip_coef = clip_coef.clamp(max=1.0)
             for group in _by_dtype(grads):
                 apply(scale_by_tensor, flag(), [group, group], clip_coef)
-        elif (coef := clip_coef.item()) < 1.0:
+        elif not (coef := clip_coef.item()) >= 1.0:  # written so that NaN scales, too
             for group in _by_dtype(grads):
                 apply(optimizers.multi_tensor_scale, flag(), [group, group], coef)
         return norm

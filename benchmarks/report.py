@@ -121,8 +121,9 @@ def _heading(results: Results) -> Iterator[str]:
 
 def _table(results: Results, dtypes: Sequence[str]) -> Iterator[str]:
     ours = serving(results)
-    yield f"Speed-up of `{ours}` over `{BASELINE}`{_repeats(results.records)}; in brackets, the share of"
-    yield "the speed at which this memory moves the bytes that have to move (what fits in cache may exceed it)."
+    yield f"Speed-up of `{ours}` over `{BASELINE}`{_repeats(results.records)}; in brackets,"
+    yield "the share of the speed at which this memory moves the bytes that have to move (what fits in"
+    yield "cache may exceed it)."
     yield ""
     yield "| case | tensors | gradients | " + " | ".join(_COLUMNS.values()) + " |"
     yield "|---|---|---|" + "---|" * len(_COLUMNS)
@@ -147,9 +148,9 @@ def _notes(results: Results) -> Iterator[str]:
     ours = serving(results)
     if ours in costs and BASELINE in costs:
         us, torch_us = costs[ours], costs[BASELINE]
-        yield f"One `clip_grad_norm_` call takes the host {us.us_for_300:.3g} µs for 300 one-element tensors and"
-        yield f"{us.us_per_further:.2g} µs for each further one; `{BASELINE}` takes {torch_us.us_for_300:.3g} µs and"
-        yield f"{torch_us.us_per_further:.2g} µs."
+        yield f"One `clip_grad_norm_` call takes the host {us.us_for_300:.3g} µs for 300 one-element tensors"
+        yield f"and {us.us_per_further:.2g} µs for each further one; `{BASELINE}` takes"
+        yield f"{torch_us.us_for_300:.3g} µs and {torch_us.us_per_further:.2g} µs."
         yield ""
     for name, peer in results.machine.get("peers", {}).items():
         yield f"`{name}` {peer['version']}: {peer['note']}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.gpt import GPT, SHAPES, Batches, Shape, read_text
 from benchmarks.progress import Progress
-from benchmarks.training_results import ROWS, RunResults, Training, mean
+from benchmarks.training_results import ROWS, RunResults, Training
 
 Clip = Callable[..., Tensor]
 
@@ -163,6 +164,6 @@ def disagreements(result: Training) -> list[str]:
 def _row(runs: Sequence[RunResults], steps: slice, max_norm: float) -> str:
     norms = runs[0].norms[steps]
     clipped = sum(norm > max_norm for norm in norms) / len(norms)
-    columns = "".join(f" {mean(run.losses[steps]):>21.4f}" for run in runs)
+    columns = "".join(f" {fmean(run.losses[steps]):>21.4f}" for run in runs)
     span = f"{steps.start + 1}-{steps.stop}"
-    return f"{span:>13}{columns} {mean(norms):>8.3f} {clipped:>8.0%}"
+    return f"{span:>13}{columns} {fmean(norms):>8.3f} {clipped:>8.0%}"

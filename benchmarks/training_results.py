@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 _SUFFIX = "-train"
@@ -34,7 +33,7 @@ class RunResults:
     @property
     def clip_share(self) -> float:
         """The median share of a step that clipping took."""
-        return statistics.median(clip / step for clip, step in zip(self.clip_ms, self.step_ms))
+        return median(clip / step for clip, step in zip(self.clip_ms, self.step_ms))
 
     def active(self, max_norm: float) -> int:
         """Return in how many steps clipping changed the gradients."""
@@ -82,7 +81,7 @@ class Training:
         every = max(1, self.steps // ROWS)
         starts = range(0, self.steps, every)
         means = [
-            (mean(run.losses[s : s + every]), mean(self.clipped[0].losses[s : s + every])) for s in starts
+            (fmean(run.losses[s : s + every]), fmean(self.clipped[0].losses[s : s + every])) for s in starts
         ]
         return [abs(ours - theirs) for ours, theirs in means]
 
@@ -115,8 +114,7 @@ def sentence(path: Path) -> str:
     found = Training.load(path)
     size = f"{found.parameters / 1e6:.3g} M parameters, {found.dtype}"
     took = ", ".join(
-        f"{1e3 * statistics.median(run.clip_ms):,.0f} µs ({run.clip_share:.2%}) by `{run.name}`"
-        for run in found.clipped
+        f"{1e3 * median(run.clip_ms):,.0f} µs ({run.clip_share:.2%}) by `{run.name}`" for run in found.clipped
     )
     return (
         f"Training {found.model} ({size}) for {found.steps} steps with max_norm {found.max_norm:g}, "
