@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks.command_line import Plan, Unusable, parse, plan
 from benchmarks.machine import BandwidthMeter
 from benchmarks.operations import OPERATIONS
 from benchmarks.progress import Progress
-from benchmarks.results import Results
+from benchmarks.results import Results, Skipped
 from benchmarks.shapes import CASES
 from benchmarks.suite import Settings
 from benchmarks.workload import DTYPES, gradient_bytes
@@ -113,6 +114,7 @@ class Run:
                         progress.advance(weights[case, dtype])
                 except torch.OutOfMemoryError:
                     progress.write("Out of memory: the rest of this case is skipped.")
+                    self.results.skipped.append(Skipped(case.name, dtype, "out of memory"))
                 self.save()
         print(f"\n{table.EXPLANATION}")
 
@@ -197,4 +199,6 @@ def _print_choices(chosen: Plan) -> None:
 
 
 if __name__ == "__main__":
+    # What ends jobs sends SIGTERM; taken for Ctrl-C, it leaves the table and the plots as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

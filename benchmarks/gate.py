@@ -120,6 +120,9 @@ def _worst_error(
         # Below the smallest normal number the distance between neighbours stays what it is there.
         smallest = torch.finfo(grad.dtype).smallest_normal
         for found, before in zip(chunks(grad), chunks(values)):
+            # What needs no rounding is exact in its own dtype: no float64, a tenth of the time.
+            if not rounded and torch.equal(found, expected(before)):
+                continue
             want = expected(before.double())
             error = found.double().sub_(want).abs_()
             size = want.abs_().clamp_(min=smallest)

@@ -35,7 +35,10 @@ class Cost:
 
 
 def measure(
-    implementations: Sequence[Implementation], device: torch.device, rounds: int
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    rounds: int,
+    counts: Sequence[int] | None = None,
 ) -> Iterator[list[HostTime]]:
     """Yield the times for one number of tensors after the other.
 
@@ -47,11 +50,12 @@ def measure(
         implementations: who.
         device: of the one-element tensors.
         rounds: turns of each implementation.
+        counts: numbers of tensors, or None for COUNTS.
     """
     clock: Clock = clocks.host_us if device.type == "cuda" else clocks.wall_us
     gated = _workload(_GATED, device)
     right = [i for i in implementations if gate.judge(i, _OPERATION, gated).ok]
-    for count in COUNTS:
+    for count in counts or COUNTS:
         workload = _workload(count, device)
         parameters = workload.next()
         calls = [_OPERATION.bind(i.functions[_OPERATION.name], parameters, workload.norm) for i in right]

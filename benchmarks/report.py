@@ -152,6 +152,10 @@ def _notes(results: Results) -> Iterator[str]:
         yield f"and {us.us_per_further:.2g} µs for each further one; `{BASELINE}` takes"
         yield f"{torch_us.us_for_300:.3g} µs and {torch_us.us_per_further:.2g} µs."
         yield ""
+    wrong = {(r.case, r.dtype): r.problem for r in results.records if r.impl == BASELINE and not r.ok}
+    for (case, dtype), problem in wrong.items():
+        yield f"`{BASELINE}` itself is wrong on {case} in {dtype}: {problem}. It stays the baseline."
+        yield ""
     for name, peer in results.machine.get("peers", {}).items():
         yield f"`{name}` {peer['version']}: {peer['note']}."
         yield ""
