@@ -145,11 +145,8 @@ def _print_outcome(results: Results, path: Path) -> None:
     if not plot.available():
         print("plots    none: matplotlib is not installed (pip install matplotlib)")
         return
-    drawings = {"": plot.speedups, "-bandwidth": plot.bandwidths, "-host": plot.host_times}
-    for suffix, draw in drawings.items():
-        picture = path.with_name(f"{path.stem}{suffix}.png")
-        if draw(results, picture):
-            print(f"plot     {os.path.relpath(picture)}")
+    for picture in plot.draw_all(results, path):
+        print(f"plot     {os.path.relpath(picture)}")
 
 
 def _print_check(results: Results, before: Results) -> bool:

@@ -149,8 +149,11 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, marked when the tree differs from it."""
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    """Return the checkout's commit, marked when the code differs from it."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    # Results are what comes out: writing them there must not make the next run look like other code.
+    changed = _output("git", "diff", "--name-only", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results")
+    return commit and commit + ("-dirty" if changed else "")
 
 
 def _output(*command: str) -> str | None:

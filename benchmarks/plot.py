@@ -194,6 +194,13 @@ def training(
     return True
 
 
+def draw_all(results: Results, path: Path) -> list[Path]:
+    """Draw speed-ups at ``path`` and bandwidths and host times beside it; return what was drawn."""
+    drawings = {"": speedups, "-bandwidth": bandwidths, "-host": host_times}
+    pictures = {path.with_name(f"{path.stem}{suffix}.png"): draw for suffix, draw in drawings.items()}
+    return [picture for picture, draw in pictures.items() if draw(results, picture)]
+
+
 def fingerprint(results: Results) -> str:
     """Return what a picture made from these results carries, so that a stale one is found."""
     return f"{crc32(json.dumps(asdict(results), sort_keys=True).encode()):08x}"

@@ -50,13 +50,13 @@ def readme_block(files: dict[str, Results], folder: Path = FOLDER) -> str:
         where = f"benchmarks/results/{stem}"
         parts += [*_heading(results), "", *_table(results, _SHOWN_DTYPES), "", *_notes(results)]
         parts += [*_training(folder / training_results.file_name(stem)), ""]
-        parts += [f"![speed-up over torch.nn.utils, {results.title}]({where}.png)", ""]
+        parts += [f"![speed-up over torch.nn.utils, {results.title}]({where}-summary.png)", ""]
     if not any(results.machine["gpu"] for results in files.values()):
         parts += ["There is no results file of a GPU yet.", ""]
     return _text(parts)
 
 
-def full_tables(files: dict[str, Results]) -> str:
+def full_tables(files: dict[str, Results], folder: Path = FOLDER) -> str:
     """Return benchmarks/results/README.md: every row of every file."""
     parts = [
         "# Results",
@@ -66,9 +66,11 @@ def full_tables(files: dict[str, Results]) -> str:
     ]
     for stem, results in files.items():
         parts += [f"## {results.title}", "", *_heading(results), "", *_notes(results), ""]
-        parts += [f"![speed-up]({stem}-all.png)", "", f"![bandwidth]({stem}-bandwidth.png)", ""]
+        parts += [f"![speed-up]({stem}.png)", "", f"![bandwidth]({stem}-bandwidth.png)", ""]
         if results.host:
             parts += [f"![host time]({stem}-host.png)", ""]
+        training = folder / training_results.file_name(stem)
+        parts += [*_training(training), f"![training]({training.stem}.png)", ""] if training.exists() else []
         parts += [*_every_row(results), ""]
     return _text(parts)
 
@@ -76,10 +78,8 @@ def full_tables(files: dict[str, Results]) -> str:
 def draw(stem: str, results: Results, folder: Path = FOLDER) -> None:
     """Draw the figures of one file."""
     ours = serving(results)
-    plot.speedups(results, folder / f"{stem}.png", [ours] if ours else None)
-    plot.speedups(results, folder / f"{stem}-all.png")
-    plot.bandwidths(results, folder / f"{stem}-bandwidth.png")
-    plot.host_times(results, folder / f"{stem}-host.png")
+    plot.speedups(results, folder / f"{stem}-summary.png", [ours] if ours else None)
+    plot.draw_all(results, folder / f"{stem}.png")
 
 
 def replaced(text: str, block: str) -> str:
