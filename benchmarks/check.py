@@ -3,15 +3,16 @@
 What is compared is the speed-up over torch.nn.utils, because torch ran side by side with it both
 times: a machine that is slower today slows both. A case counts as slower when four fifths of its
 pairs are below what four fifths of the pairs reached then, so every single case is judged by the
-noise it showed itself, and one is enough to fail.
+noise it showed itself, and one is enough to fail. A run cannot see the noise between runs, so what
+looks slower is measured again, twice, and counts only if it is slower every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.implementations import OURS
-from benchmarks.results import Record, Results
+from benchmarks.results import Key, Record, Results
 
 # Assumed, not measured: between two runs memory is laid out anew, which no repeat within one sees.
 LAYOUT_NOISE = 0.03
@@ -32,17 +33,18 @@ def has_noise(results: Results) -> bool:
     return any(record.speedup_p20 is not None for record in results.records)
 
 
-def regressions(now: Results, before: Results) -> list[str]:
+def regressions(now: Iterable[Record], before: Results) -> dict[Key, str]:
     """Return a sentence for every record of ours that became wrong or slower than noise allows."""
     earlier = {record.key: record for record in before.records}
-    found = []
-    for record in now.records:
+    found = {}
+    for record in now:
         old = earlier.get(record.key)
         if old is None or not old.ok or not record.impl.startswith(OURS):
             continue
         problem = record.problem if not record.ok else _slower(record, old)
         if problem is not None:
-            found.append(f"{record.case} {record.dtype} {record.op}:{record.state} {record.impl}: {problem}")
+            what = f"{record.case} {record.dtype} {record.op}:{record.state} {record.impl}"
+            found[record.key] = f"{what}: {problem}"
     return found
 
 

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# case, dtype, op, state, impl: what records of two files are compared by.
+Key = tuple[str, str, str, str, str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -61,8 +64,8 @@ class Record:
     problem: str | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, str, str]:
-        """What two files are compared by."""
+    def key(self) -> Key:
+        """What names the record in its file."""
         return self.case, self.dtype, self.op, self.state, self.impl
 
 
