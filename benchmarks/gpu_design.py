@@ -147,16 +147,17 @@ class Bench:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._clock = clocks.device_clock(device)
         self._sweep = torch.zeros(3 * machine.cache_bytes(device) // 4, device=device)
 
     def us(self, call: Call) -> float:
-        """Return the median time of a call; the first one warms up."""
+        """Return the median time of a call, its launches all queued before the first one runs."""
+        clocks.host_us(call)  # warms up
+        clock = clocks.device_clock(self.device, clocks.host_us(call))
         times = []
-        for _ in range(_REPEATS + 1):
+        for _ in range(_REPEATS):
             self._sweep.neg_()
-            times.append(self._clock(call))
-        return statistics.median(times[1:])
+            times.append(clock(call))
+        return statistics.median(times)
 
     def buffer(self, size: int) -> Tensor:
         """Return float32 ones of about that many bytes."""
