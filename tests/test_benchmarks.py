@@ -77,6 +77,7 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small work waits for other processes when it is shared among threads; large takes long."""
     monkeypatch.setattr(host, "COUNTS", (1, 300))
     monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(machine, "_BANDWIDTH_REPEATS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

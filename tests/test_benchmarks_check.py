@@ -30,6 +30,7 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand tensors, or enough copies to exceed a real cache, take seconds."""
     monkeypatch.setattr(host, "COUNTS", (1, 300))
     monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(machine, "_BANDWIDTH_REPEATS", 1)
 
 
 @pytest.mark.parametrize(
