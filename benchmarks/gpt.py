@@ -1,4 +1,4 @@
-"""A small byte-level GPT in plain PyTorch, and the text it is trained on."""
+"""GPT-2 in plain PyTorch, at its own size or small, and the text it is trained on, byte by byte."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ class Shape:
     """Size of the model.
 
     Args:
+        vocabulary: rows of the embedding. The text is bytes, so only the first 256 are ever
+            used; the gradient of the others is as large and as dense as in any training.
         context: bytes the model looks back on.
         width: of the residual stream.
         heads: of the attention; divides ``width``.
         layers: blocks of attention and MLP.
     """
 
-    context: int = 64
-    width: int = 128
-    heads: int = 4
-    layers: int = 2
+    vocabulary: int
+    context: int
+    width: int
+    heads: int
+    layers: int
+
+
+SHAPES = {
+    "small": Shape(vocabulary=BYTES, context=64, width=128, heads=4, layers=2),
+    "gpt2-124m": Shape(vocabulary=50257, context=1024, width=768, heads=12, layers=12),
+}
 
 
 class Block(nn.Module):
@@ -57,22 +66,31 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts the next byte of a text."""
+    """Predicts the next byte of a text; the head shares its weight with the embedding, as in GPT-2."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.token = nn.Embedding(BYTES, shape.width)
-        self.position = nn.Parameter(torch.zeros(shape.context, shape.width))
+        self.token = nn.Embedding(shape.vocabulary, shape.width)
+        self.position = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
         self.norm = nn.LayerNorm(shape.width)
-        self.head = nn.Linear(shape.width, BYTES, bias=False)
+        self.apply(_initialise)
 
     def forward(self, text: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats per byte, of predicting ``text[:, 1:]``."""
         given, following = text[:, :-1], text[:, 1:]
-        x = self.token(given) + self.position[: given.shape[1]]
-        logits = self.head(self.norm(self.blocks(x)))
-        return functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+        x = self.token(given) + self.position.weight[: given.shape[1]]
+        logits = functional.linear(self.norm(self.blocks(x)), self.token.weight)
+        # In float32 whatever the weights are: a bfloat16 loss has three digits.
+        return functional.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
+
+
+def _initialise(module: nn.Module) -> None:
+    # GPT-2's own: with PyTorch's embeddings of variance 1, a shared head would start far from uniform.
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
 
 
 def read_text(path: Path | None) -> Tensor:

@@ -26,9 +26,13 @@ class Bandwidths(NamedTuple):
     read_gbps: float
     inplace_gbps: float
 
+    def rounded(self) -> dict[str, float]:
+        """Return them as the machine block has them."""
+        return {"read_gbps": round(self.read_gbps, 2), "inplace_gbps": round(self.inplace_gbps, 2)}
 
-def describe(device: torch.device, bandwidths: Bandwidths | None) -> dict[str, Any]:
-    """Return the ``machine`` block. It names no path, user or host."""
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return the ``machine`` block, the bandwidths still to be measured. It names no path, user or host."""
     on_gpu = device.type == "cuda"
     return {
         "cpu": _cpu_name(),
@@ -41,8 +45,8 @@ def describe(device: torch.device, bandwidths: Bandwidths | None) -> dict[str, A
         "gradclip_ext": gradclip_ext.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "read_gbps": bandwidths and round(bandwidths.read_gbps, 2),
-        "inplace_gbps": bandwidths and round(bandwidths.inplace_gbps, 2),
+        "read_gbps": None,
+        "inplace_gbps": None,
     }
 
 
@@ -107,6 +111,10 @@ class BandwidthMeter:
         self._updates: list[Call] = [x.neg_, x.abs_]
         self.best = Bandwidths(0.0, 0.0)
 
+    def keep(self, read_gbps: float | None, inplace_gbps: float | None) -> None:
+        """Take what an earlier part of this run has measured for the best so far."""
+        self.best = Bandwidths(read_gbps or 0.0, inplace_gbps or 0.0)
+
     def measure(self) -> Bandwidths:
         """Measure once more and return the best so far."""
         self.best = Bandwidths(
@@ -141,8 +149,11 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, marked when the tree differs from it."""
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    """Return the checkout's commit, marked when the code differs from it."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    # Results are what comes out: writing them there must not make the next run look like other code.
+    changed = _output("git", "diff", "--name-only", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results")
+    return commit and commit + ("-dirty" if changed else "")
 
 
 def _output(*command: str) -> str | None:

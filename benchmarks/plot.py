@@ -1,22 +1,29 @@
-"""Plots, drawn to be read: units on every axis, told apart by hatch and dash, not by colour alone."""
+"""Plots, drawn to be read: units on every axis, told apart by marker and dash, not by colour alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from benchmarks.implementations import BASELINE
-from benchmarks.suite import Record
+from benchmarks.results import Record, Results
+from benchmarks.workload import DTYPES
 
 try:  # Figure alone needs no display and changes no global state, unlike pyplot
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
-_HATCHES = ("", "///", "...", "xx", "\\\\\\")
-_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps the line at 1 off the digits
-_FILLS = ("#4c72b0", "#c9d7ea", "#8da0cb", "#e8e8e8", "#a0a0a0")
+_MARKERS = dict(zip(DTYPES, ("o", "s", "^", "D")))
+_FILLS = dict(zip(DTYPES, ("black", "white", "white", "#bbbbbb")))
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_SHADES = ("black", "#555555", "#1f5f99", "#99551f", "#2c7a4b", "#7a2c6b")
+_STATES = {"unclipped": "nothing to clip", "clipped": "all clipped"}
 
 
 def available() -> bool:
@@ -24,59 +31,122 @@ def available() -> bool:
     return Figure is not None
 
 
-def speedups(machine: Mapping[str, Any], records: Sequence[Record], path: Path) -> bool:
-    """Draw the speed-up over torch.nn.utils, a panel per case and dtype.
+def speedups(results: Results, path: Path, impls: Sequence[str] | None = None) -> bool:
+    """Draw the speed-up over torch.nn.utils, a panel per implementation and operation.
 
     Args:
-        machine: the machine block.
-        records: what failed the gate, and torch.nn.utils itself, is left out.
+        results: what failed the gate, and torch.nn.utils itself, is left out.
         path: of the PNG.
+        impls: implementations to draw, or None for all.
 
     Returns:
         Whether there was anything to draw, and matplotlib to draw it.
     """
-    shown = [r for r in records if r.impl != BASELINE and r.speedup_vs_torch is not None]
+    shown = [r for r in results.records if r.impl != BASELINE and r.speedup_vs_torch is not None]
+    if impls is not None:
+        shown = [r for r in shown if r.impl in impls]
+    caption = "speed-up over torch.nn.utils (times, log scale); right of the dashed line is faster"
+    return _dots(results, shown, path, caption, value=lambda r: r.speedup_vs_torch, line=lambda r: 1.0)
+
+
+def bandwidths(results: Results, path: Path) -> bool:
+    """Draw the bandwidth that each implementation achieves against the one measured; see speedups."""
+    shown = [r for r in results.records if r.gbps is not None]
+    caption = (
+        "achieved bandwidth: bytes that have to move, over time (GB/s, log scale); "
+        "dashed: the bound measured in this run"
+    )
+
+    def bound(record: Record) -> float | None:
+        return record.gbps and record.p50_us and record.gbps * record.p50_us / record.bound_us
+
+    return _dots(results, shown, path, caption, value=lambda r: r.gbps, line=bound)
+
+
+def _dots(
+    results: Results,
+    shown: Sequence[Record],
+    path: Path,
+    caption: str,
+    *,
+    value: Callable[[Record], float | None],
+    line: Callable[[Record], float | None],
+) -> bool:
+    """Draw a grid of panels: an implementation per row, an operation per column, a line per case."""
     if not shown or not available():
         return False
-    panels = list(dict.fromkeys((r.case, r.dtype) for r in shown))
-    calls = list(dict.fromkeys((r.op, r.state) for r in shown))
     impls = list(dict.fromkeys(r.impl for r in shown))
-    columns = min(len({dtype for _, dtype in panels}), 3)
-    rows = -(-len(panels) // columns)
-    height = 0.8 + 0.2 * len(calls) * (len(impls) + 0.6)
-    figure = Figure(figsize=(2.4 + 3.6 * columns, 1.1 + height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    thickness = 0.8 / len(impls)
-    for axis, panel in zip(axes.flat, panels):
-        for number, impl in enumerate(impls):
-            bars = [r for r in shown if (r.case, r.dtype) == panel and r.impl == impl]
-            shift = (number - (len(impls) - 1) / 2) * thickness
-            drawn = axis.barh(
-                [calls.index((r.op, r.state)) + shift for r in bars],
-                [r.speedup_vs_torch for r in bars],
-                thickness,
-                label=impl,
-                color=_FILLS[number % len(_FILLS)],
-                hatch=_HATCHES[number % len(_HATCHES)],
-                edgecolor="black",
-                linewidth=0.6,
-            )
-            values = [f"{r.speedup_vs_torch:.2f}x" for r in bars]
-            axis.bar_label(drawn, values, padding=3, fontsize=8, bbox=_LABEL_BOX)
-        axis.axvline(1.0, color="black", linestyle="--", linewidth=1.0)
-        axis.set_title(", ".join(panel), fontsize=9)
-        axis.tick_params(labelbottom=True, labelsize=8)
-    axes[0, 0].set_yticks(range(len(calls)), [f"{op}, {state}" for op, state in calls])
-    axes[0, 0].set_ylim(len(calls) - 0.5, -0.5)  # first call on top; shared by every panel
-    axes[0, 0].set_xlim(0.0, 1.2 * max(r.speedup_vs_torch or 0.0 for r in shown))
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}", fontsize=10)
-    caption = "speed-up over torch.nn.utils (times)\nright of the dashed line is faster"
-    for axis in axes[-1]:
-        axis.set_xlabel(caption, fontsize=8)
-    _save(figure, path)
+    calls = list(dict.fromkeys((r.op, r.state) for r in shown))
+    cases = list(dict.fromkeys(r.case for r in shown))
+    dtypes = [dtype for dtype in DTYPES if any(r.dtype == dtype for r in shown)]
+    height = 0.7 + 0.1 * len(cases) * max(2, len(dtypes))
+    figure = Figure(figsize=(1.9 + 2.1 * len(calls), 1.3 + height * len(impls)), layout="constrained")
+    axes = figure.subplots(len(impls), len(calls), squeeze=False, sharex=True, sharey=True)
+    for impl, row in zip(impls, axes):
+        for (op, state), axis in zip(calls, row):
+            panel = [r for r in shown if (r.impl, r.op, r.state) == (impl, op, state)]
+            for number, dtype in enumerate(dtypes):
+                drawn = [r for r in panel if r.dtype == dtype]
+                # Four dtypes of one case would lie on each other, so each gets its own height.
+                shift = (number - (len(dtypes) - 1) / 2) * 0.8 / len(dtypes)
+                axis.plot(
+                    [value(r) for r in drawn],
+                    [cases.index(r.case) + shift for r in drawn],
+                    linestyle="none",
+                    marker=_MARKERS[dtype],
+                    markersize=4.5,
+                    color="black",
+                    markerfacecolor=_FILLS[dtype],
+                    label=dtype,
+                )
+            limits = [at for at in map(line, panel) if at]
+            if limits:
+                axis.axvline(max(limits), color="black", linestyle="--", linewidth=1.0)
+            for between in range(1, len(cases)):
+                axis.axhline(between - 0.5, color="#cccccc", linewidth=0.6)
+            axis.set_title(f"{impl}\n{op}\n{_STATES[state]}", fontsize=7)
+            axis.set_xscale("log")
+            axis.grid(axis="x", which="both", color="#eeeeee")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
+            axis.tick_params(labelsize=7, labelbottom=True)
+    axes[0, 0].set_yticks(range(len(cases)), cases)
+    axes[0, 0].set_ylim(len(cases) - 0.5, -0.5)  # first case on top; shared by every panel
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(dtypes), fontsize=8)
+    figure.suptitle(results.title, fontsize=9, x=0.01, ha="left")
+    figure.supxlabel(caption, fontsize=8)
+    _save(figure, path, results)
+    return True
+
+
+def host_times(results: Results, path: Path) -> bool:
+    """Draw the host time of a call against the number of tensors; see speedups."""
+    if not results.host or not available():
+        return False
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for number, impl in enumerate(dict.fromkeys(h.impl for h in results.host)):
+        points = [h for h in results.host if h.impl == impl]
+        axis.plot(
+            [h.tensors for h in points],
+            [h.p50_us for h in points],
+            linestyle=_LINES[number % len(_LINES)],
+            marker="os^Dvx"[number % 6],
+            color=_SHADES[number % len(_SHADES)],
+            label=impl,
+        )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(which="both", color="#e8e8e8")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.set_xlabel("one-element tensors in the list (log scale)", fontsize=9)
+    axis.set_ylabel("time until clip_grad_norm_ returns (µs, log scale)", fontsize=9)
+    axis.set_title(f"{results.title}: host time of one call, warm", fontsize=9)
+    axis.legend(fontsize=8)
+    _save(figure, path, results)
     return True
 
 
@@ -84,6 +154,7 @@ def training(
     losses: Mapping[str, Sequence[float]],
     norms: Mapping[str, Sequence[float]],
     max_norm: float,
+    title: str,
     path: Path,
 ) -> bool:
     """Draw loss and gradient norm of several runs over the steps; return False without matplotlib.
@@ -92,18 +163,24 @@ def training(
         losses: name of the run to the training loss of each step, in nats per byte.
         norms: name of the run to the gradient norm before clipping of each step.
         max_norm: drawn as a line; above it gradients were clipped.
+        title: what the picture shows, with the difference between the curves.
         path: of the PNG.
     """
     if not available():
         return False
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    # A wide pale line under a thin dashed one: both stay visible where they coincide.
-    styles = ({"color": "#c9b27c", "linewidth": 4.0}, {"color": "black", "linewidth": 1.0, "linestyle": "--"})
     for axis, curves in ((top, losses), (bottom, norms)):
-        for (name, values), style in zip(curves.items(), styles):
+        for number, (name, values) in enumerate(curves.items()):
+            # A wide pale line under thin dashed ones: all stay visible where they coincide.
+            style: dict[str, Any] = (
+                {"color": "#c9b27c", "linewidth": 4.0}
+                if number == 0
+                else {"color": _SHADES[(number - 1) % 6], "linewidth": 1.0, "linestyle": _LINES[number % 6]}
+            )
             axis.plot(range(1, len(values) + 1), values, label=name, **style)
         axis.grid(alpha=0.3)
+    top.set_title(title, fontsize=9)
     top.set_ylabel("training loss (nats per byte)")
     bottom.axhline(max_norm, color="black", linestyle=":", label=f"max_norm = {max_norm:g}")
     bottom.set_ylabel("gradient norm before clipping")
@@ -117,6 +194,19 @@ def training(
     return True
 
 
-def _save(figure: Any, path: Path) -> None:
+def draw_all(results: Results, path: Path) -> list[Path]:
+    """Draw speed-ups at ``path`` and bandwidths and host times beside it; return what was drawn."""
+    drawings = {"": speedups, "-bandwidth": bandwidths, "-host": host_times}
+    pictures = {path.with_name(f"{path.stem}{suffix}.png"): draw for suffix, draw in drawings.items()}
+    return [picture for picture, draw in pictures.items() if draw(results, picture)]
+
+
+def fingerprint(results: Results) -> str:
+    """Return what a picture made from these results carries, so that a stale one is found."""
+    return f"{crc32(json.dumps(asdict(results), sort_keys=True).encode()):08x}"
+
+
+def _save(figure: Any, path: Path, results: Results | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor="white")
+    metadata = {} if results is None else {"Description": f"results {fingerprint(results)}"}
+    figure.savefig(path, dpi=130, facecolor="white", metadata=metadata)

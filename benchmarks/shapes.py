@@ -105,6 +105,7 @@ def _case(name: str, source: str, shapes: list[Shape]) -> Case:
 _CASES = (
     _case("gpt2-124m", "GPT-2 small, huggingface.co/openai-community/gpt2, lm_head tied to wte", _gpt2()),
     _case("resnet-50", "torchvision.models.resnet50()", _resnet50()),
+    _case("1x1", "synthetic: one element, where only the call costs", [(1,)]),
     _case("2000x64", "synthetic: many tiny tensors, where calls cost more than bytes", [(64,)] * 2000),
     _case("6000x32ki", "synthetic: many middling tensors", [(32768,)] * 6000),
     _case("vit-b-16", "torchvision.models.vit_b_16()", _vit_b16()),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from benchmarks import host
+from benchmarks.results import HostTime, Record
 from benchmarks.shapes import Case
-from benchmarks.suite import Record
-from benchmarks.workload import DTYPES
+from benchmarks.workload import gradient_bytes
 
 HEADER = (
     f"{'operation':<16} {'state':<9} {'implementation':<22} {'p50':>9} {'p20-p80':>15}"
@@ -23,12 +24,12 @@ EXPLANATION = (
 
 def case_title(case: Case, dtype: str, device: torch.device) -> str:
     """Return the line above the rows of one case and dtype."""
-    size = case.numel * DTYPES[dtype].itemsize
+    size = gradient_bytes(case, dtype)
     amount = f"{case.tensors} tensors, {case.numel / 1e6:.4g} M elements, {size / 1e6:.4g} MB"
     return f"{case.name}, {dtype}, {device.type}: {amount}"
 
 
-def rows(records: Sequence[Record], problems: Mapping[str, str]) -> list[str]:
+def rows(records: Sequence[Record]) -> list[str]:
     """Return the rows of one operation; what failed the gate gets its error and no speed-up."""
     lines = []
     for index, record in enumerate(records):
@@ -39,8 +40,23 @@ def rows(records: Sequence[Record], problems: Mapping[str, str]) -> list[str]:
             f" {_share(record.pct_of_bound):>6} {_cell(record.speedup_vs_torch, '{:.2f}x'):>8}"
             f" {_cell(record.max_rel_error, '{:.1e}'):>8}"
         )
-        if record.impl in problems:
-            lines.append(f"{'':<27}WRONG: {problems[record.impl]}"[:100])
+        if record.problem is not None:
+            lines.append(f"{'':<27}NOT OK: {record.problem}"[:100])
+    return lines
+
+
+def host_rows(times: Sequence[HostTime]) -> list[str]:
+    """Return the table of host times, one row per implementation."""
+    counts = list(dict.fromkeys(t.tensors for t in times))
+    costs = host.costs(times)
+    lines = [
+        "host time of clip_grad_norm_, warm, for a number of one-element tensors",
+        f"{'':<24}" + "".join(f"{count:>10,}" for count in counts) + f"{'each further':>16}",
+    ]
+    for impl in dict.fromkeys(t.impl for t in times):
+        cells = "".join(f"{_time(t.p50_us):>10}" for t in times if t.impl == impl)
+        further = f"{costs[impl].us_per_further:.3f} us" if impl in costs else "-"
+        lines.append(f"{impl:<24}{cells}{further:>16}")
     return lines
 
 

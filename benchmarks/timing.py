@@ -19,9 +19,8 @@ from benchmarks.implementations import Implementation
 from benchmarks.operations import Operation
 from benchmarks.workload import Workload
 
-_ENOUGH_REPEATS, _MOST_REPEATS = 5, 200
-# How many times the intended seconds are waited for enough repeats, should the machine be slow or busy.
-_PATIENCE = 5
+# Fewer give no median worth the name; more than the second no better one.
+ENOUGH_REPEATS, _MOST_REPEATS = 10, 200
 _HOST_REPEATS = 20
 
 
@@ -41,21 +40,22 @@ class Timing:
     launches: int | None
     scratch_bytes: int | None
 
-    def percentile(self, percent: int) -> float:
-        """Return a percentile by linear interpolation between repeats."""
-        ordered = sorted(self.us)
-        position = (len(ordered) - 1) * percent / 100
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    def ratios_to(self, other: Timing) -> list[float]:
+        """Return ``other``'s times over these, repeat by repeat.
 
-    def speedup_over(self, other: Timing) -> float:
-        """Return the median of ``other``'s times over these, divided repeat by repeat.
-
-        Whatever slows the machine down for a moment hits both halves of a pair, so this is
-        steadier than the ratio of two medians.
+        Whatever slows the machine down for a moment hits both halves of a pair, so their
+        median is steadier than the ratio of two medians.
         """
-        return statistics.median(theirs / ours for theirs, ours in zip(other.us, self.us))
+        return [theirs / ours for theirs, ours in zip(other.us, self.us)]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return a percentile by linear interpolation."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def measure(
@@ -74,8 +74,8 @@ def measure(
             that every repeat of "clipped" does clip.
         workload: on which gradients; their device decides on the clock.
         repeats: how many calls of each, or None for as many as fit in ``seconds``.
-        seconds: how long to go on when repeats is None: 200 repeats at most, and 5 at least
-            unless those take five times as long.
+        seconds: how long to go on when repeats is None: 200 repeats at most, and 10 at least
+            however long they take.
     """
     functions = [implementation.functions[operation.name] for implementation in implementations]
 
@@ -100,8 +100,7 @@ def measure(
         rows: list[list[float]] = []
         while len(rows) < _MOST_REPEATS:
             rows.append(turn(clock_of, len(rows)))
-            elapsed = time.monotonic() - start
-            if elapsed > seconds and (len(rows) >= _ENOUGH_REPEATS or elapsed > _PATIENCE * seconds):
+            if time.monotonic() - start > seconds and len(rows) >= ENOUGH_REPEATS:
                 break
         return [list(column) for column in zip(*rows)]
 

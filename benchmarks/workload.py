@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,9 @@ from benchmarks.operations import GRADIENT_STD
 from benchmarks.shapes import Case
 from gradclip_ext import reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED = "mixed"
+DTYPES = (*_DTYPES, MIXED)
 
 # Calls see memory that has left the cache once this many times its size has gone through since.
 _CACHES = 3
@@ -36,7 +39,7 @@ class Workload:
 
     Args:
         case: the shapes.
-        dtype: key of DTYPES.
+        dtype: one of DTYPES.
         device: where the gradients live.
         cache_bytes: size of the device's last cache before memory.
         seed: of the random values.
@@ -45,14 +48,13 @@ class Workload:
     def __init__(self, case: Case, dtype: str, device: torch.device, cache_bytes: int, seed: int = 0) -> None:
         self.case = case
         self.device = device
-        self.dtype_name = dtype
-        self.dtype = DTYPES[dtype]
-        self.bytes = case.numel * self.dtype.itemsize
+        self.dtype = dtype
+        self.bytes = gradient_bytes(case, dtype)
         copies = _copies(case, self.bytes, cache_bytes)
         random = torch.Generator(device).manual_seed(seed)
         self.pristine = [
-            torch.empty(shape, dtype=self.dtype, device=device).normal_(0.0, GRADIENT_STD, generator=random)
-            for shape in case.shapes
+            torch.empty(shape, dtype=tensor_dtype, device=device).normal_(0.0, GRADIENT_STD, generator=random)
+            for shape, tensor_dtype in zip(case.shapes, dtypes_of(case, dtype))
         ]
         self._copies = [[_parameter(t) for t in self.pristine] for _ in range(copies)]
         self._turn = 0
@@ -69,9 +71,9 @@ class Workload:
         """Give the gradients of ``parameters`` their pristine values back."""
         for parameter, values in zip(parameters, self.pristine):
             if parameter.grad is None:  # an implementation under judgement may do anything
-                parameter.grad = values.clone()
-            else:
-                parameter.grad.copy_(values)
+                parameter.grad = torch.empty_like(values)
+        # All at once: one by one, thousands of copies would be most of a GPU's run.
+        torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], self.pristine)
 
     def cool(self) -> None:
         """Push the gradients out of the cache unless the other copies have done so already."""
@@ -84,10 +86,35 @@ class Workload:
                 yield reference.total_norm([chunk])
 
 
-def needed_bytes(case: Case, dtype: str, cache_bytes: int) -> int:
-    """Return how much memory measuring the case takes."""
-    size = case.numel * DTYPES[dtype].itemsize
-    return (_copies(case, size, cache_bytes) + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
+def dtypes_of(case: Case, dtype: str) -> list[torch.dtype]:
+    """Return the dtype of every tensor.
+
+    ``mixed`` is what training in bfloat16 with norms kept in float32 leaves: vectors are
+    float32, the rest is bfloat16. Where that gives one dtype, every other tensor is float32.
+    """
+    if dtype != MIXED:
+        return [_DTYPES[dtype]] * case.tensors
+    wide = [len(shape) == 1 for shape in case.shapes]
+    if len(set(wide)) == 1:
+        wide = [index % 2 == 1 for index in range(case.tensors)]
+    return [torch.float32 if is_wide else torch.bfloat16 for is_wide in wide]
+
+
+def gradient_bytes(case: Case, dtype: str) -> int:
+    """Return the size of all gradients together."""
+    dtypes = dtypes_of(case, dtype)
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in zip(case.shapes, dtypes))
+
+
+def obstacle(case: Case, dtype: str, cache_bytes: int, free_bytes: int | None) -> str | None:
+    """Return why the case cannot be measured in this dtype, or None if it can."""
+    if dtype == MIXED and case.tensors == 1:
+        return "a single tensor has a single dtype"
+    size = gradient_bytes(case, dtype)
+    needed = (_copies(case, size, cache_bytes) + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
+    if free_bytes is not None and needed > free_bytes:
+        return f"it needs {needed / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free"
+    return None
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:

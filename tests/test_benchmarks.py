@@ -1,4 +1,4 @@
-"""benchmarks/: the gate bites, the files say what they must, the command line explains itself."""
+"""python -m benchmarks: the gate bites, the files say what they must, the command line explains itself."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 import gradclip_ext
 from benchmarks import __main__ as program
-from benchmarks import machine, suite, table, train
+from benchmarks import host, machine, plot, suite, table
 from benchmarks.implementations import BASELINE, Implementation, available
 from benchmarks.machine import Bandwidths
 from benchmarks.operations import OPERATIONS, Operation
+from benchmarks.results import Record, Results
 from benchmarks.shapes import CASES, Case
-from benchmarks.suite import Outcome, Settings
-from benchmarks.timing import Timing
-from benchmarks.workload import DTYPES, Workload
+from benchmarks.suite import Settings
+from benchmarks.timing import Timing, percentile
+from benchmarks.workload import DTYPES, Workload, dtypes_of, obstacle
 
 CPU = torch.device("cpu")
 SMALL = Case("small", "made up for the tests", ((300, 70), (128,), (7, 5)))
@@ -37,6 +38,7 @@ RECORD_FIELDS = [
     "op",
     "state",
     "impl",
+    "repeats",
     "p20_us",
     "p50_us",
     "p80_us",
@@ -47,8 +49,11 @@ RECORD_FIELDS = [
     "bound_us",
     "pct_of_bound",
     "speedup_vs_torch",
+    "speedup_p20",
+    "speedup_p80",
     "max_rel_error",
     "ok",
+    "problem",
 ]
 MACHINE_FIELDS = [
     "cpu",
@@ -63,12 +68,16 @@ MACHINE_FIELDS = [
     "date",
     "read_gbps",
     "inplace_gbps",
+    "peers",
 ]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small work waits for other processes when it is shared among threads."""
+def small_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small work waits for other processes when it is shared among threads; large takes long."""
+    monkeypatch.setattr(host, "COUNTS", (1, 300))
+    monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(machine, "_BANDWIDTH_REPEATS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,7 +86,7 @@ def one_thread() -> Iterator[None]:
 
 def measured(
     dtype: str, extra: Implementation | None = None, operations: tuple[Operation, ...] = OPERATIONS
-) -> list[Outcome]:
+) -> list[list[Record]]:
     settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=3, seconds=0.0)
     implementations = [*available(CPU)[0].values(), *([extra] if extra else [])]
     return list(suite.measure_case(SMALL, dtype, operations, implementations, settings))
@@ -88,10 +97,10 @@ def measured(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_everything_available_passes_the_gate(dtype: str) -> None:
-    for outcome in measured(dtype):
-        assert outcome.problems == {}
-        for record in outcome.records:
+    for records in measured(dtype):
+        for record in records:
             assert record.ok
+            assert record.problem is None
             assert record.speedup_vs_torch is not None
             assert record.max_rel_error is not None
             assert record.impl.startswith(BASELINE) or record.max_rel_error <= 1e-6
@@ -154,15 +163,14 @@ def test_a_wrong_implementation_gets_no_speedup(fault: str, dtype: str) -> None:
     name, function = PLANTED[fault]
     wrong = Implementation("wrong", False, {name: function})
     clipped = tuple(o for o in OPERATIONS if o.name == name)[-1]
-    (outcome,) = measured(dtype, wrong, (clipped,))
-    record = outcome.records[-1]
+    (records,) = measured(dtype, wrong, (clipped,))
+    record = records[-1]
     assert (record.impl, record.ok) == ("wrong", False)
     assert record.p50_us is record.speedup_vs_torch is record.gbps is record.pct_of_bound is None
-    assert list(outcome.problems) == ["wrong"]
-    assert all(r.ok and r.speedup_vs_torch for r in outcome.records[:-1])
-    *_, row, reason = table.rows(outcome.records, outcome.problems)
+    assert all(r.ok and r.speedup_vs_torch for r in records[:-1])
+    *_, row, reason = table.rows(records)
     assert "x " not in row
-    assert f"WRONG: {outcome.problems['wrong']}" in reason
+    assert f"NOT OK: {record.problem}" in reason
 
 
 def test_a_wrong_torch_is_timed_but_gets_no_speedup() -> None:
@@ -170,8 +178,7 @@ def test_a_wrong_torch_is_timed_but_gets_no_speedup() -> None:
     wrong = Implementation(BASELINE, True, {"get_total_norm": lambda tensors: torch.tensor(1.0)})
     ours = available(CPU)[0]["gradclip_ext[foreach]"]
     settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=3, seconds=0.0)
-    (outcome,) = suite.measure_case(SMALL, "float32", [operation], [wrong, ours], settings)
-    first, second = outcome.records
+    ((first, second),) = suite.measure_case(SMALL, "float32", [operation], [wrong, ours], settings)
     assert not first.ok
     assert first.p50_us
     assert first.speedup_vs_torch is None
@@ -190,12 +197,12 @@ def test_gradients_are_pristine_again_after_every_operation() -> None:
     assert workload.norm == pytest.approx(exact, rel=1e-12)
 
 
-def test_speedup_is_the_median_of_pairs() -> None:
+def test_speedups_are_those_of_pairs() -> None:
     slow = Timing([10.0, 30.0, 90.0], None, None, None)
     fast = Timing([5.0, 10.0, 90.0], None, None, None)
-    assert fast.speedup_over(slow) == 2.0
-    assert slow.percentile(50) == 30.0
-    assert slow.percentile(20) == pytest.approx(18.0)
+    assert fast.ratios_to(slow) == [2.0, 3.0, 1.0]
+    assert percentile(fast.ratios_to(slow), 50) == 2.0
+    assert percentile(slow.us, 20) == pytest.approx(18.0)
 
 
 # ---------------------------------------------------------------- cases
@@ -216,6 +223,16 @@ def test_cases_have_the_published_sizes(name: str, tensors: int, numel: int) -> 
     assert (CASES[name].tensors, CASES[name].numel) == (tensors, numel)
 
 
+def test_a_mixed_list_is_mixed() -> None:
+    assert dtypes_of(SMALL, "mixed") == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert Workload(SMALL, "mixed", CPU, cache_bytes=1).bytes == 2 * 300 * 70 + 4 * 128 + 2 * 35
+    alike = Case("alike", "made up for the tests", ((3,), (3,)))
+    assert dtypes_of(alike, "mixed") == [torch.bfloat16, torch.float32]
+    for case in CASES.values():
+        mixed = set(dtypes_of(case, "mixed"))
+        assert len(mixed) == 2 or obstacle(case, "mixed", 1, None) == "a single tensor has a single dtype"
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -224,18 +241,23 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "3"]
     assert program.main([*chosen, "--ops", "clip_grad_norm_", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    lines = printed.split("memory ")[0].splitlines()
+    lines = (table.HEADER + printed.partition(table.HEADER)[2].partition("memory ")[0]).splitlines()
     assert max(map(len, lines)) <= 100
     assert "1.00x" in printed
     text = path.read_text()
     results = json.loads(text)
-    assert list(results) == ["machine", "records"]
+    assert list(results) == ["machine", "records", "host", "skipped"]
     assert list(results["machine"]) == MACHINE_FIELDS
     assert len(results["records"]) == 2 * len(available(CPU)[0]) - 2
+    assert {h["tensors"] for h in results["host"]} == set(host.COUNTS)
+    for suffix in ("", "-bandwidth", "-host"):
+        assert (tmp_path / f"results{suffix}.png").exists() == plot.available()
     for record in results["records"]:
         assert list(record) == RECORD_FIELDS
         assert record["ok"]
+        assert record["repeats"] == 3
         assert record["p20_us"] <= record["p50_us"] <= record["p80_us"]
+        assert record["speedup_p20"] <= record["speedup_vs_torch"] <= record["speedup_p80"]
         assert record["bytes"] == 4 * record["numel"] == 512_000
     bandwidths = Bandwidths(results["machine"]["read_gbps"], results["machine"]["inplace_gbps"])
     unclipped, clipped = results["records"][0], results["records"][-1]
@@ -254,7 +276,9 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--cases", "gpt5"], "unknown case gpt5; there are: gpt2-124m, resnet-50"),
         (["--dtypes", "float8"], "unknown dtype float8; there are: float32"),
         (["--ops", "clip"], "unknown operation clip; there are: clip_grad_norm_:unclipped"),
-        (["--impls", "apex"], "unknown implementation apex; there are: torch.nn.utils"),
+        (["--impls", "fast"], "unknown implementation fast; there are: torch.nn.utils"),
+        (["--impls", "transformer_engine"], "cannot be measured here: its kernels need a GPU"),
+        (["--check", "missing.json"], "missing.json cannot be read: No such file"),
         (["--device", "tpu"], "there is no device 'tpu'"),
         (["--device", "mps"], "only cpu and cuda"),
         (["--json", "/proc/no/such/place.json"], "cannot be written"),
@@ -279,9 +303,10 @@ def test_too_little_memory_is_said(
 ) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda device: 10**9)
     path = tmp_path / "results.json"
-    assert program.main(["--device", "cpu", "--cases", "gpt2-124m", "--json", str(path)]) == 1
+    chosen = ["--device", "cpu", "--cases", "gpt2-124m", "--dtypes", "float32", "--json", str(path)]
+    assert program.main(chosen) == 1
     printed = capsys.readouterr()
-    assert "gpt2-124m in float32 is skipped: it needs" in printed.out
+    assert "gpt2-124m in float32 is skipped: it needs 1.6 GB, 1.0 GB are free" in printed.out
     assert "Nothing was measured" in printed.err
 
 
@@ -290,55 +315,50 @@ def test_interrupt_keeps_what_was_measured(
 ) -> None:
     measure_case = suite.measure_case
 
-    def interrupted(*arguments: Any) -> Iterator[Outcome]:
+    def interrupted(*arguments: Any) -> Iterator[list[Record]]:
         yield next(measure_case(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite, "measure_case", interrupted)
     path = tmp_path / "results.json"
-    chosen = ["--device", "cpu", "--cases", "2000x64", "--repeats", "1", "--impls", "foreach"]
-    assert program.main([*chosen, "--json", str(path)]) == 130
+    chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "1"]
+    chosen += ["--impls", "foreach", "--ops", "get_total_norm", "clip_grad_value_", "--json", str(path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "measure_case", interrupted)
+        assert program.main(chosen) == 130
     assert "Interrupted: the 2 rows measured so far are kept" in capsys.readouterr().out
-    assert [r["impl"] for r in json.loads(path.read_text())["records"]] == [BASELINE, "gradclip_ext[foreach]"]
+    first = Results.load(path)
+    assert [r.impl for r in first.records] == [BASELINE, "gradclip_ext[foreach]"]
+
+    monkeypatch.setattr(host, "measure", None)  # what the file has is not measured again
+    assert program.main([*chosen, "--resume"]) == 0
+    resumed = Results.load(path)
+    assert len(resumed.records) == 6
+    assert [r.p50_us for r in resumed.records[:2]] == [r.p50_us for r in first.records]
+    assert resumed.host == first.host
 
 
-# ---------------------------------------------------------------- training
+def test_a_killed_run_leaves_the_last_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    Results({"cpu": "first"}).save(path)
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Results({"cpu": "second"}).save(path)
+    assert Results.load(path).machine == {"cpu": "first"}
 
 
-def test_training_agrees_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plot = tmp_path / "train.png"
-    assert train.main(["--steps", "6", "--batch", "2", "--plot", str(plot)]) == 0
-    printed = capsys.readouterr().out
-    assert "steps 1-1" in printed
-    assert "clipping active, of 6 steps" in printed
-    assert "The curves agree" in printed
-
-
-def _no_clipping(parameters: list[Tensor], max_norm: float) -> Tensor:
-    return gradclip_ext.clip_grad_norm_(parameters, math.inf)
-
-
-def _norm_of_the_first(parameters: list[Tensor], max_norm: float) -> Tensor:
-    return gradclip_ext.clip_grad_norm_(parameters[:1], max_norm)
-
-
-@pytest.mark.parametrize(
-    ("clip", "message"),
-    [(_no_clipping, "the losses of wrong"), (_norm_of_the_first, "gradient norms differ")],
-)
-def test_training_notices_wrong_clipping(clip: Callable[..., Tensor], message: str) -> None:
-    settings = train.parse(["--steps", "10", "--batch", "2", "--max-norm", "1e-7"])
-    clips = {"torch.nn.utils": torch.nn.utils.clip_grad_norm_, "wrong": clip}
-    problems = train.disagreements(train.train(settings, clips))
-    assert any(message in problem for problem in problems)
-
-
-def test_training_says_what_is_wrong_with_the_text(
+def test_results_of_another_machine_are_not_resumed_or_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("too short")
-    assert train.main(["--text", str(short)]) == 2
-    assert "the text has 9 bytes" in capsys.readouterr().err
-    assert train.main(["--text", str(tmp_path / "missing.txt")]) == 2
-    assert "cannot be read: No such file" in capsys.readouterr().err
+    path = tmp_path / "results.json"
+    Results({**machine.describe(CPU), "cpu": "Another"}).save(path)
+    assert program.main(["--device", "cpu", "--check", str(path)]) == 2
+    assert program.main(["--device", "cpu", "--json", str(path), "--resume"]) == 2
+    assert capsys.readouterr().err.count("its cpu is 'Another', here it is") == 2
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "python -m benchmarks --full" in printed
+    assert max(map(len, printed.splitlines())) <= 100

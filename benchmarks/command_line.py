@@ -1,0 +1,254 @@
+"""The command line of ``python -m benchmarks``: its options, and the plan they amount to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import check, implementations, machine
+from benchmarks.implementations import BASELINE, Implementation
+from benchmarks.operations import OPERATIONS, Operation
+from benchmarks.options import positive
+from benchmarks.results import Results, Skipped
+from benchmarks.shapes import CASES, DEFAULT_CASES, Case
+from benchmarks.timing import ENOUGH_REPEATS
+from benchmarks.workload import DTYPES, obstacle
+
+OUT = Path(__file__).parent / "out"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured unless an option says otherwise.
+
+    Args:
+        cases, dtypes: names.
+        loop: whether torch's loop is measured, too.
+        seconds: for one operation on one case, if the repeats allow.
+        host_rounds: see host.py.
+    """
+
+    cases: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    loop: bool
+    seconds: float
+    host_rounds: int
+
+
+QUICK = Extent(DEFAULT_CASES, ("float32",), loop=False, seconds=0.5, host_rounds=3)
+USUAL = Extent(DEFAULT_CASES, ("float32", "bfloat16"), loop=False, seconds=3.0, host_rounds=10)
+FULL = Extent(tuple(CASES), DTYPES, loop=True, seconds=0.5, host_rounds=10)
+
+_EXAMPLES = """examples:
+  python -m benchmarks                  the default cases, on the GPU if there is one
+  python -m benchmarks --quick          the same in under a minute: float32, fewer repeats
+  python -m benchmarks --full           all cases, dtypes and implementations
+  python -m benchmarks --full --resume  the rest of it, if something ended it
+  python -m benchmarks --check before.json
+  python -m benchmarks --list           what --cases, --dtypes, --ops and --impls accept here
+  python -m benchmarks --cases resnet-50 vit-b-16 --dtypes float32 mixed
+  python -m benchmarks --cases all --ops get_total_norm clip_grad_norm_:clipped
+  python -m benchmarks --impls foreach loop --device cpu --repeats 30
+
+Every implementation is compared with float64 before it is timed: one that is wrong is shown
+with its error and without a speed-up. The file is written after every case, so whatever ends a
+run, --resume goes on from there. Send us the file if your machine is not among the results; it
+names the hardware and the versions, no path, user or host.
+"""
+
+
+class Unusable(Exception):
+    """What was asked for cannot be measured here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for, checked.
+
+    Args:
+        device: where.
+        found, missing: implementations that can be measured here, and why others cannot.
+        chosen: those to be measured.
+        pairs: cases and dtypes to be measured.
+        skipped: cases and dtypes that cannot be.
+        operations: which calls.
+        repeats, extent: how long.
+        path: of the results file.
+        before: the results to compare with, or None.
+        kept: the results to go on from, or None.
+    """
+
+    device: torch.device
+    found: dict[str, Implementation]
+    missing: dict[str, str]
+    chosen: list[Implementation]
+    pairs: list[tuple[Case, str]]
+    skipped: list[Skipped]
+    operations: list[Operation]
+    repeats: int | None
+    extent: Extent
+    path: Path
+    before: Results | None
+    kept: Results | None
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options as they were given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure torch.nn.utils against every gradclip_ext backend on this machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    size = parser.add_mutually_exclusive_group()
+    note = "float32, fewer repeats: under a minute on two idle cores"
+    size.add_argument("--quick", dest="extent", action="store_const", const=QUICK, default=USUAL, help=note)
+    note = "all cases and dtypes, and torch's loop, too"
+    size.add_argument("--full", dest="extent", action="store_const", const=FULL, help=note)
+    add = parser.add_argument
+    add("--list", action="store_true", help="print what can be measured here, and stop")
+    note = f"shape lists; all for all. Default: {' '.join(USUAL.cases)}"
+    add("--cases", nargs="+", metavar="NAME", help=note)
+    note = f"of the gradients; all for all. Default: {' '.join(USUAL.dtypes)}"
+    add("--dtypes", nargs="+", metavar="NAME", help=note)
+    note = "operation, or operation:state. Default: all"
+    add("--ops", nargs="+", metavar="NAME", default=["all"], help=note)
+    note = "torch, loop, a backend or a peer; torch is always measured along. Default: all but loop"
+    add("--impls", nargs="+", metavar="NAME", help=note)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<index>. Default: auto")
+    note = f"calls of each. Default: what a few seconds allow, {ENOUGH_REPEATS} at least"
+    add("--repeats", type=positive, metavar="N", help=note)
+    add("--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>.json")
+    add("--resume", action="store_true", help="measure only what the results file does not have yet")
+    note = "exit with 1 if a case is slower than in FILE beyond its own noise"
+    add("--check", type=Path, metavar="FILE", help=note)
+    arguments = parser.parse_args(argv)
+    if arguments.check and arguments.repeats and arguments.repeats < ENOUGH_REPEATS:
+        parser.error(f"--check judges by noise, and that takes --repeats {ENOUGH_REPEATS} or more")
+    return arguments
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Return the plan for the options.
+
+    Raises:
+        Unusable: they name something that does not exist here.
+    """
+    extent: Extent = arguments.extent
+    device = _device(arguments.device)
+    found, missing = implementations.available(device)
+    cases = [CASES[name] for name in _chosen("case", arguments.cases or extent.cases, list(CASES))]
+    dtypes = _chosen("dtype", arguments.dtypes or extent.dtypes, DTYPES)
+    path = _results_path(arguments.json, device)
+    # Looked at once, before anything is allocated: later, torch's allocators keep what they have.
+    cache, free = machine.cache_bytes(device), machine.free_bytes(device)
+    obstacles = {(c.name, d): obstacle(c, d, cache, free) for c in cases for d in dtypes}
+    return Plan(
+        device=device,
+        found=found,
+        missing=missing,
+        chosen=_implementations(arguments.impls, extent, found, missing),
+        pairs=[(c, d) for c in cases for d in dtypes if obstacles[c.name, d] is None],
+        skipped=[Skipped(c, d, reason) for (c, d), reason in obstacles.items() if reason is not None],
+        operations=_operations(arguments.ops),
+        repeats=arguments.repeats,
+        extent=extent,
+        path=path,
+        before=_before(arguments.check, device),
+        kept=_kept(arguments.resume, path, device),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Unusable(f"there is no device {name!r}: use auto, cpu, cuda or cuda:<index>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Unusable(f"--device {name}: only cpu and cuda are measured so far")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise Unusable(
+                f"--device {name}: no GPU was found. Is this a CUDA build of torch (here: "
+                f"{torch.__version__})? Use --device cpu to measure the CPU"
+            )
+        count, index = torch.cuda.device_count(), device.index or 0
+        if index >= count:
+            raise Unusable(f"--device {name}: there are {count} GPUs, the last one is cuda:{count - 1}")
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
+    return device
+
+
+def _chosen(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the named ones in the order of ``known``, each once."""
+    wanted = set(known) if "all" in names else set(names)
+    unknown = wanted - set(known)
+    if unknown:
+        raise Unusable(f"unknown {kind} {', '.join(sorted(unknown))}; there are: {', '.join(known)}, all")
+    return [name for name in known if name in wanted]
+
+
+def _operations(names: Sequence[str]) -> list[Operation]:
+    by_label = {operation.label: operation for operation in OPERATIONS}
+    labels = []
+    for name in names:
+        labels += [label for label in by_label if label.split(":")[0] == name] or [name]
+    return [by_label[label] for label in _chosen("operation", labels, list(by_label))]
+
+
+def _implementations(
+    names: Sequence[str] | None, extent: Extent, found: dict[str, Implementation], missing: dict[str, str]
+) -> list[Implementation]:
+    """Return the chosen implementations; torch.nn.utils always, because ratios need it."""
+    if names is None:
+        return [found[name] for name in (found if extent.loop else implementations.default_names(found))]
+    full = [implementations.full_name(name) for name in names]
+    for name in full:
+        if name in missing:
+            raise Unusable(f"{name} cannot be measured here: {missing[name]}")
+    return [found[name] for name in _chosen("implementation", [BASELINE, *full], list(found))]
+
+
+def _results_path(path: Path | None, device: torch.device) -> Path:
+    """Return where the results go, having looked now, not after the work, whether they can go there."""
+    path = path or OUT / f"{machine.file_name(device)}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"--json {path} cannot be written: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Unusable(f"--json {path} cannot be written: it is a folder, or write-protected")
+    return path
+
+
+def _before(path: Path | None, device: torch.device) -> Results | None:
+    if path is None:
+        return None
+    results = _read("--check", path, device, check.SAME_MACHINE)
+    if not check.has_noise(results):
+        raise Unusable(f"--check {path}: it holds no noise to judge by (speedup_p20): measure it again")
+    return results
+
+
+def _kept(resume: bool, path: Path, device: torch.device) -> Results | None:
+    return _read("--resume", path, device, check.SAME_CODE) if resume and path.exists() else None
+
+
+def _read(option: str, path: Path, device: torch.device, same: Sequence[str]) -> Results:
+    """Return the results in a file, if they were measured here."""
+    try:
+        results = Results.load(path)
+    except ValueError as error:
+        raise Unusable(f"{option}: {error}") from None
+    reason = check.incomparable(Results(machine.describe(device)), results, same)
+    if reason is not None:
+        raise Unusable(f"{option} {path}: {reason}")
+    return results

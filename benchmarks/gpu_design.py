@@ -1,0 +1,364 @@
+"""``python -m benchmarks.gpu_design``: seven measurements of a GPU that decide how the CUDA kernels work.
+
+The first five run kernels of their own (gpu_probes.cu, built with nvcc on first use), because they
+vary what the package has fixed; the last two run what the package has. Every figure stands beside
+what was predicted before anything was measured; a prediction that misses is a question to answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import clocks, host, implementations, machine
+from benchmarks.clocks import Call
+from benchmarks.implementations import BASELINE, LOOP
+from benchmarks.operations import OPERATIONS
+from benchmarks.shapes import CASES
+from benchmarks.workload import Workload
+
+OUT = Path(__file__).parent / "out"
+_SOURCE = Path(__file__).with_name("gpu_probes.cu")
+_MB, _GIB = 10**6, 1 << 30
+_TILE = 1 << 16  # what gpu_probes.cu wants buffers to be a multiple of
+_LOADS, _BLOCKS_PER_SM = (2, 4, 8, 16), (1, 2, 4, 8)
+_REPEATS = 15
+# What csrc/cuda does, until this file says otherwise.
+_USUAL_LOADS, _USUAL_BLOCKS = 8, 4
+
+_EXAMPLES = """examples:
+  python -m benchmarks.gpu_design
+  python -m benchmarks.gpu_design --only 3 4     two of them, in seconds
+  python -m benchmarks.gpu_design --build        compile the probes only, for a machine without nvcc
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure.
+
+    Args:
+        measurement: its number, 1 to 7.
+        what: what was measured.
+        value: None if it could not be; then ``unit`` says why.
+        unit: of the value.
+        predicted: before it was measured; empty if nothing was.
+        shown: whether the table has it; the file has all.
+    """
+
+    measurement: int
+    what: str
+    value: float | None
+    unit: str
+    predicted: str = ""
+    shown: bool = True
+
+
+class Probes:
+    """The compiled probes, called on torch tensors and the current stream.
+
+    Args:
+        device: where the tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._library = ctypes.CDLL(str(build()))
+        properties = torch.cuda.get_device_properties(device)
+        self.processors = int(properties.multi_processor_count)
+        self._sums = torch.empty(256 * max(_BLOCKS_PER_SM) * self.processors, device=device)
+        self._out = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def read(self, x: Tensor, loads: int = _USUAL_LOADS, blocks: int = _USUAL_BLOCKS) -> None:
+        """Sum the squares of a float32 buffer."""
+        self._call("probe_read", x, _size(x), loads, blocks * self.processors, self._sums)
+
+    def update(
+        self,
+        x: Tensor,
+        coef: Tensor,
+        loads: int = _USUAL_LOADS,
+        blocks: int = _USUAL_BLOCKS,
+        *,
+        reverse: bool = False,
+        dependent: bool = False,
+    ) -> None:
+        """Multiply by a device coefficient, unless that is 1: then return at once."""
+        grid = blocks * self.processors
+        self._call("probe_update", x, _size(x), loads, grid, coef, int(reverse), int(dependent))
+
+    def read_then_update(
+        self, x: Tensor, coef: Tensor, *, reverse: bool = False, dependent: bool = False
+    ) -> None:
+        """What clipping by norm does to memory."""
+        self.read(x)
+        self.update(x, coef, reverse=reverse, dependent=dependent)
+
+    def parameters(self, *, large: bool) -> None:
+        """Launch one block with 32 KB of parameters, or with 4."""
+        self._call("probe_parameters", int(large), self._out)
+
+    def _call(self, name: str, *arguments: Tensor | ctypes.c_int64 | int) -> None:
+        given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = getattr(self._library, name)(*given, stream)
+        if error:
+            raise RuntimeError(f"{name} failed with CUDA error {error}")
+
+
+def build() -> Path:
+    """Compile the probes unless that is done, and return the library.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+        subprocess.CalledProcessError: it did not compile.
+    """
+    library = OUT / "gpu_probes.so"
+    if library.exists() and library.stat().st_mtime >= _SOURCE.stat().st_mtime:
+        return library
+    if shutil.which("nvcc") is None:
+        raise FileNotFoundError("nvcc is not on PATH: install the CUDA toolkit, or bring gpu_probes.so")
+    OUT.mkdir(exist_ok=True)
+    target = "-arch=native" if torch.cuda.is_available() else "-arch=sm_90"
+    options = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", target]
+    subprocess.run(["nvcc", *options, "-o", str(library), str(_SOURCE)], check=True)
+    return library
+
+
+class Bench:
+    """Median device times with a cold L2.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sweep = torch.zeros(3 * machine.cache_bytes(device) // 4, device=device)
+
+    def us(self, call: Call) -> float:
+        """Return the median time of a call, its launches all queued before the first one runs."""
+        clocks.host_us(call)  # warms up
+        clock = clocks.device_clock(self.device, clocks.host_us(call))
+        times = []
+        for _ in range(_REPEATS):
+            self._sweep.neg_()
+            times.append(clock(call))
+        return statistics.median(times)
+
+    def buffer(self, size: int) -> Tensor:
+        """Return float32 ones of about that many bytes."""
+        return torch.ones(max(1, size // _TILE) * _TILE // 4, device=self.device)
+
+
+def bandwidth(bench: Bench) -> Iterator[Finding]:
+    """1: read-only and in-place bandwidth against loads in flight and blocks per SM."""
+    probes = Probes(bench.device)
+    coef = torch.full((1,), 0.999, device=bench.device)
+    predictions = {"1 GiB": ("4.31, as CUB's reduce", "4.3, as a copy")}
+    for size, name in ((64 * _MB, "64 MB"), (_GIB, "1 GiB"), (16 * 10**9, "16 GB")):
+        if size > torch.cuda.mem_get_info(bench.device)[0] - _GIB:
+            yield Finding(1, f"bandwidth at {name}", None, "not enough memory")
+            continue
+        x = bench.buffer(size)
+        moved = x.numel() * x.itemsize
+        read, in_place = {}, {}
+        for loads, blocks in product(_LOADS, _BLOCKS_PER_SM):
+            where = f"{loads} loads in flight, {blocks} blocks/SM"
+            read[where] = moved / bench.us(partial(probes.read, x, loads, blocks)) / 1e6
+            in_place[where] = 2 * moved / bench.us(partial(probes.update, x, coef, loads, blocks)) / 1e6
+        predicted = predictions.get(name, ("", ""))
+        for what, found, guess in zip(("read", "in place"), (read, in_place), predicted):
+            best = max(found, key=lambda where: found[where])
+            yield Finding(1, f"{what} {name}, best: {best}", found[best], "TB/s", guess)
+            for where, value in found.items():
+                yield Finding(1, f"{what} {name}, {where}", value, "TB/s", shown=False)
+
+
+def foreach_norm(bench: Bench) -> Iterator[Finding]:
+    """2: what torch's own _foreach_norm reads at."""
+    for dtype in (torch.float32, torch.bfloat16):
+        numel = (16 << 20) // dtype.itemsize
+        tensors = [torch.ones(numel, dtype=dtype, device=bench.device) for _ in range(64)]
+        speed = _GIB / bench.us(partial(torch._foreach_norm, tensors)) / 1e6
+        yield Finding(2, f"_foreach_norm, 64 x 16 MiB of {dtype}", speed, "TB/s", "below the read bound")
+
+
+def early_exit(bench: Bench) -> Iterator[Finding]:
+    """3: what a scale kernel that finds nothing to do adds to the norm kernel before it."""
+    probes = Probes(bench.device)
+    one = torch.ones(1, device=bench.device)
+    for size, name in ((_MB, "1 MB"), (64 * _MB, "64 MB"), (_GIB, "1 GiB")):
+        x = bench.buffer(size)
+        alone = bench.us(partial(probes.read, x))
+        for dependent, how in ((False, "plain launch"), (True, "dependent launch")):
+            both = bench.us(partial(probes.read_then_update, x, one, dependent=dependent))
+            yield Finding(3, f"early exit after reading {name}, {how}", both - alone, "us")
+
+
+def carry_over(bench: Bench) -> Iterator[Finding]:
+    """4: what the scaling finds in L2 of what the norm has read, forward and in reverse."""
+    probes = Probes(bench.device)
+    coef = torch.full((1,), 0.999, device=bench.device)
+    for megabytes in (20, 40, 60, 80, 100, 120):
+        x = bench.buffer(megabytes * _MB)
+        forward = bench.us(partial(probes.read_then_update, x, coef))
+        reverse = bench.us(partial(probes.read_then_update, x, coef, reverse=True))
+        predicted = "" if megabytes <= 40 else "above 1"
+        what = f"{megabytes} MB read, then scaled: time forward / reverse"
+        yield Finding(4, what, forward / reverse, "x", predicted)
+        yield Finding(4, f"{megabytes} MB, forward", forward, "us", shown=False)
+        yield Finding(4, f"{megabytes} MB, reverse", reverse, "us", shown=False)
+
+
+def parameters(bench: Bench) -> Iterator[Finding]:
+    """5: a launch with 4 KB of parameters against one with 32 KB."""
+    probes = Probes(bench.device)
+    for large, name in ((False, "4 KB"), (True, "32 KB")):
+        call = partial(probes.parameters, large=large)
+        on_host = statistics.median(clocks.host_us(call) for _ in range(10 * _REPEATS))
+        yield Finding(5, f"launch with {name} of parameters, on the GPU", bench.us(call), "us")
+        yield Finding(5, f"launch with {name} of parameters, on the host, through ctypes", on_host, "us")
+
+
+def host_time(bench: Bench) -> Iterator[Finding]:
+    """6: host time of clip_grad_norm_ at 148, 291 and 6,000 tensors."""
+    found, _ = implementations.available(bench.device)
+    chosen = [found[name] for name in found if name != LOOP]
+    for times in host.measure(chosen, bench.device, rounds=10, counts=(148, 291, 6000)):
+        for time in times:
+            torchs = f"{2.1 * time.tensors:.0f}, 2.1 per tensor"
+            ours = "under 20" if time.tensors <= 300 else f"under {20 + 0.1 * (time.tensors - 300):.0f}"
+            predicted = torchs if time.impl == BASELINE else ours
+            yield Finding(6, f"{time.impl}, {time.tensors:,} tensors", time.p50_us, "us", predicted)
+
+
+def graph_replay(bench: Bench) -> Iterator[Finding]:
+    """7: clip_grad_norm_ of GPT-2 in bfloat16, replayed from a CUDA graph and called."""
+    found, _ = implementations.available(bench.device)
+    operation = next(o for o in OPERATIONS if o.label == "clip_grad_norm_:clipped")
+    workload = Workload(CASES["gpt2-124m"], "bfloat16", bench.device, machine.cache_bytes(bench.device))
+    parameters = workload.next()
+    for name, implementation in found.items():
+        if name == LOOP or operation.name not in implementation.functions:
+            continue
+        call = operation.bind(implementation.functions[operation.name], parameters, workload.norm)
+        try:
+            replay, norm = _captured(call)
+            workload.restore(parameters)
+            replay()
+            error = abs(float(norm) - workload.norm) / workload.norm
+        except Exception as problem:  # what cannot be captured is a finding
+            yield Finding(
+                7, f"{name}, replay", None, f"{type(problem).__name__}: {problem}".partition("\n")[0]
+            )
+            continue
+        yield Finding(7, f"{name}, error of the replayed norm", error, "relative", "as when called")
+        yield Finding(7, f"{name}, called", bench.us(call), "us")
+        yield Finding(7, f"{name}, replayed", bench.us(replay), "us", "not above the call")
+
+
+def _captured(call: Callable[[], Tensor]) -> tuple[Call, Tensor]:
+    """Return what replays the call, and the tensor its result appears in."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate on their first call, which a capture forbids
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
+MEASUREMENTS: dict[int, Callable[[Bench], Iterator[Finding]]] = {
+    1: bandwidth, 2: foreach_norm, 3: early_exit, 4: carry_over, 5: parameters, 6: host_time, 7: graph_replay
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, save after each measurement, print the table last; return the exit status."""
+    arguments = _parse(argv)
+    if arguments.build:
+        print(os.path.relpath(build()))
+        return 0
+    if not torch.cuda.is_available():
+        print(
+            "python -m benchmarks.gpu_design: no GPU was found, and nothing else is measured", file=sys.stderr
+        )
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    path = arguments.json or OUT / f"design-{machine.file_name(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(device)
+    findings: list[Finding] = []
+    for number in arguments.only or MEASUREMENTS:
+        measurement = MEASUREMENTS[number]
+        print(measurement.__doc__, flush=True)
+        try:
+            findings += measurement(bench)
+        except Exception as error:  # the other six are worth having
+            findings.append(Finding(number, "failed", None, f"{type(error).__name__}: {error}"))
+        block = {"machine": machine.describe(device), "findings": [asdict(f) for f in findings]}
+        path.write_text(json.dumps(block, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    print("\n" + "\n".join(table(findings)))
+    print(f"\nresults  {os.path.relpath(path)}")
+    return 1 if any(f.what == "failed" for f in findings) else 0
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    """Return the figures worth a glance, each beside its prediction."""
+    lines = [f"{'':<2} {'':<62} {'measured':>13}  predicted"]
+    for f in findings:
+        if f.shown:
+            value = f.unit if f.value is None else f"{f.value:.3g} {f.unit}"
+            lines.append(f"{f.measurement:<2} {f.what:<62} {value:>13}  {f.predicted}".rstrip())
+    return lines
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_design",
+        description=(__doc__ or "").partition(": ")[2],
+        epilog=_EXAMPLES + "\nmeasurements:\n" + "\n".join(f"  {m.__doc__}" for m in MEASUREMENTS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--only",
+        type=int,
+        nargs="+",
+        choices=MEASUREMENTS,
+        metavar="N",
+        help="these measurements. Default: all",
+    )
+    add("--build", action="store_true", help="compile the probes and stop")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="default: benchmarks/out/design-<device>-torch<version>.json",
+    )
+    return parser.parse_args(argv)
+
+
+def _size(x: Tensor) -> ctypes.c_int64:
+    return ctypes.c_int64(x.numel() * x.itemsize)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

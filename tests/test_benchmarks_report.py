@@ -1,0 +1,92 @@
+"""python -m benchmarks.report: README, tables and figures are those of the results files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plot, report
+from benchmarks.results import HostTime, Record, Results, Skipped
+
+REMEDY = "run python -m benchmarks.report"
+RECORD = Record(
+    case="gpt2-124m", tensors=148, numel=124_439_808, bytes=497_759_232, dtype="float32", device="cpu",
+    op="clip_grad_norm_", state="unclipped", impl="gradclip_ext[cpu]", repeats=12, p50_us=14_000.0, gbps=35.6,
+    bound_us=12_000.0, pct_of_bound=85.7, speedup_p20=2.5, speedup_vs_torch=2.72, speedup_p80=2.9, ok=True,
+)  # fmt: skip
+MACHINE = {
+    "cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2.13.0", "commit": "abc", "date": "2026-01-01",
+    "read_gbps": 40.0, "inplace_gbps": 70.0, "peers": {"deepspeed": {"version": "0.18", "note": "slow"}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def results() -> Results:
+    wrong = replace(RECORD, dtype="bfloat16", speedup_vs_torch=None, ok=False, problem="the norm is off")
+    host = [HostTime(impl, n, us * n) for impl, us in (("torch.nn.utils", 3.0), ("gradclip_ext[cpu]", 0.05))
+            for n in (300, 10_000)]  # fmt: skip
+    return Results(MACHINE, [RECORD, wrong], host, [Skipped("llama-3-8b", "float32", "it needs 64.1 GB")])
+
+
+def test_readme_is_made_from_the_results_files() -> None:
+    text = report.README.read_text()
+    assert report.replaced(text, report.readme_block(report.load())) == text, REMEDY
+
+
+def test_full_tables_are_made_from_the_results_files() -> None:
+    assert (report.FOLDER / "README.md").read_text() == report.full_tables(report.load()), REMEDY
+
+
+def test_figures_are_made_from_the_results_files() -> None:
+    texts = report.README.read_text() + (report.FOLDER / "README.md").read_text()
+    for stem, results in report.load().items():
+        for name in re.findall(rf"\b({re.escape(stem)}[\w-]*\.png)", texts):
+            picture = (report.FOLDER / name).read_bytes()
+            assert f"results {plot.fingerprint(results)}".encode() in picture, f"{name}: {REMEDY}"
+
+
+def test_every_number_about_speed_in_readme_comes_from_a_results_file() -> None:
+    """Outside the block that is made from the files, README says nothing with a unit of speed."""
+    text = report.replaced(report.README.read_text(), "")
+    claims = re.findall(r"\b[\d.,]+ ?(?:x\b|times\b|%|[GM]B/s|TB/s|[mµun]s\b|seconds?\b)", text)
+    assert claims == []
+
+
+def test_a_changed_file_is_noticed(results: Results) -> None:
+    block = report.readme_block({"a": results})
+    slower = replace(RECORD, speedup_vs_torch=2.71)
+    changed = Results(MACHINE, [slower, *results.records[1:]], results.host, results.skipped)
+    assert report.readme_block({"a": changed}) != block
+    assert report.full_tables({"a": changed}) != report.full_tables({"a": results})
+    assert plot.fingerprint(changed) != plot.fingerprint(results)
+
+
+def test_the_report_says_what_is_in_the_file(results: Results) -> None:
+    block = report.readme_block({"a": results})
+    assert "| gpt2-124m | 148 | 498 MB float32 | 2.72x (86 %) | not measured |" in block
+    assert "| gpt2-124m | 148 | 498 MB bfloat16 | wrong |" in block
+    assert "median of 12 to 12 interleaved pairs" in block
+    assert "takes the host 15 µs for 300 one-element tensors\nand 0.05 µs for each further one" in block
+    assert "`deepspeed` 0.18: slow." in block
+    assert "Not measured: llama-3-8b in float32: it needs 64.1 GB." in block
+    assert "There is no results file of a GPU yet." in block
+    on_gpu = Results({**MACHINE, "gpu": "A GPU", "driver": "1", "cuda": "13.0"}, results.records)
+    assert "no results file of a GPU" not in report.readme_block({"a": results, "b": on_gpu})
+    assert "2.72x (2.50x to 2.90x)" in report.full_tables({"a": results})
+
+
+@pytest.mark.skipif(not plot.available(), reason="matplotlib is not installed")
+def test_figures_carry_their_fingerprint(results: Results, tmp_path: Path) -> None:
+    report.draw("a", results, tmp_path)
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [p.name for p in pictures] == ["a-bandwidth.png", "a-host.png", "a-summary.png", "a.png"]
+    for picture in pictures:
+        assert plot.fingerprint(results).encode() in picture.read_bytes()
+
+
+def test_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no pair of markers"):
+        report.replaced("no markers", "block")
