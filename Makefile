@@ -29,7 +29,14 @@ SANITIZED = env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-fi
 SANITIZED_TESTS := test_core test_cpu_kernels test_clip_grad_norm test_clip_grad_value test_clamp_grad \
   test_clip_grads_with_norm test_get_total_norm test_nonfinite test_bad_input test_bookkeeping
 
-.PHONY: test test-sanitize bench lint format clean
+# A torch that is built for CUDA, for a toolkit that nvcc belongs to. Needs no GPU.
+CUDA_TORCH ?= torch==2.11.0
+CUDA_RUN := $(CURDIR)/.venv-cuda/bin/python
+CUDA_CHECKOUT := build/cuda/checkout
+# benchmarks/ and the build tests use the sources, which are not what is tested there.
+NOT_OF_A_WHEEL := $(addprefix --ignore=tests/test_,build.py examples.py) --ignore-glob='tests/test_benchmarks*'
+
+.PHONY: test test-sanitize test-gpu sanitize-gpu check-cuda bench lint format clean
 
 test: $(READY)
 	$(RUN) -m pytest
@@ -40,6 +47,36 @@ test-sanitize: $(READY)
 	  $(RUN) -m pip install --quiet --no-build-isolation --no-deps --target build/sanitize .
 	$(SANITIZED) $(RUN) -c "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())" \
 	  $(SANITIZED_TESTS:%=tests/%.py) -p no:cacheprovider
+
+# The wheel with CUDA kernels, built from a copy of the tracked files and tested as a user has it: the
+# copy loses its sources, so that no build beside them can be taken for the one that is installed.
+check-cuda: .venv-cuda/.ready
+	rm -rf build/cuda && mkdir -p $(CUDA_CHECKOUT)
+	git ls-files -z | xargs -0 cp --parents -t $(CUDA_CHECKOUT)
+	GRADCLIP_EXT_BUILD=cuda $(CUDA_RUN) -m pip wheel --quiet --no-build-isolation --no-deps \
+	  --wheel-dir build/cuda/wheel $(CUDA_CHECKOUT)
+	$(CUDA_RUN) -m pip install --quiet --force-reinstall --no-deps build/cuda/wheel/*.whl
+	rm -r $(CUDA_CHECKOUT)/gradclip_ext $(CUDA_CHECKOUT)/build
+	cd $(CUDA_CHECKOUT) && $(CUDA_RUN) -c "import gradclip_ext._C as c, gradclip_ext._build_info as b; \
+	  assert '.venv-cuda' in c.__file__ and b.CUDA, c.__file__; print('testing', c.__file__)"
+	$(CUDA_RUN) -m gradclip_ext.info
+	cd $(CUDA_CHECKOUT) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest $(NOT_OF_A_WHEEL)
+
+.venv-cuda/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_RUN) -m pip install --quiet "$(CUDA_TORCH)" "numpy<2.4" "setuptools>=77" wheel ninja pybind11 pytest hypothesis
+	touch $@
+
+# On a machine with an NVIDIA GPU, in under ten minutes; without one, the tests skip and say so.
+test-gpu: $(READY)
+	$(RUN) -m gradclip_ext.info
+	$(RUN) -m pytest -k "cuda or gpu or triton" --ignore=tests/test_cuda_emulated.py \
+	  --ignore=tests/test_triton_interpreted.py $(NOT_OF_A_WHEEL) -rs
+
+SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120 --target-processes all
+sanitize-gpu: $(READY)
+	set -e; for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(RUN) -m pytest tests/test_sanitized.py; done
 
 bench: $(READY)
 	$(RUN) -m benchmarks --quick

@@ -1,5 +1,5 @@
-// gradclip_ext._C: the one crossing from Python to the kernels. The files of the bindings (this one,
-// gradients.h, bindings_cuda.*) are the only ones that include torch.
+// gradclip_ext._C: the one crossing from Python to the kernels. The files of the bindings (this
+// one, gradients.h, bindings_cuda.*) are the only ones that include torch.
 //
 // A function here checks its whole list before it touches the first element. What the kernels do
 // not handle is handed back untouched, and the general path in Python takes over: it serves the
@@ -208,8 +208,8 @@ class Kernels {
     return py::make_tuple(to_python(norm), left);
   }
 
-  /// Returns the indices of the tensors that the kernels do not take. The coefficient is 0-d, float32
-  /// or float64, and on the device of the tensors.
+  /// Returns the indices of the tensors that the kernels do not take. The coefficient is 0-d,
+  /// float32 or float64, and on the device of the tensors.
   std::vector<int64_t> scale_(const py::list& tensors, const at::Tensor& coef) const {
     return update(tensors, [&](const Gradients& taken) { scale(taken, coef); });
   }

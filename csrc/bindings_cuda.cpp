@@ -59,8 +59,8 @@ struct Norm {
   at::Tensor clip_coef;
 };
 
-/// Scratch memory goes back to torch's allocator on return, which gives it to later work on the same
-/// stream only.
+/// Scratch memory goes back to torch's allocator on return, which gives it to later work on the
+/// same stream only.
 Norm enqueue_norm(const GradList& list, const OnDevice& on, double norm_type, bool float64,
                   double max_norm) {
   const auto dtype = float64 ? at::kDouble : at::kFloat;
@@ -90,7 +90,8 @@ std::optional<std::string> obstacle(c10::DeviceIndex device) {
   if (error == cudaSuccess) return known[device] = std::nullopt;
   const std::string reason = cudaGetErrorString(error);
   // Any other error, such as too little memory to load the kernels, may be gone next time.
-  const bool lasts = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  const bool lasts =
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
   return lasts ? known[device] = reason : reason;
 }
 
@@ -125,7 +126,8 @@ void scale_(const GradList& list, c10::Device device, const at::Tensor& clip_coe
   TORCH_CHECK(clip_coef.device() == device && clip_coef.dim() == 0 &&
                   (float64 || clip_coef.scalar_type() == at::kFloat),
               "the coefficient has to be a 0-d float32 or float64 tensor on ", device, ", not ",
-              clip_coef.scalar_type(), " of ", clip_coef.dim(), " dimensions on ", clip_coef.device());
+              clip_coef.scalar_type(), " of ", clip_coef.dim(), " dimensions on ",
+              clip_coef.device());
   const OnDevice on(device);
   C10_CUDA_CHECK(cuda::launch_scale(list, clip_coef.data_ptr(), float64, on.stream));
 }

@@ -1,5 +1,5 @@
-// The verbs on a CUDA device, for bindings.cpp. In a build without CUDA no device is usable, so none
-// of them is ever called.
+// The verbs on a CUDA device, for bindings.cpp. In a build without CUDA no device is usable, so
+// none of them is ever called.
 
 #pragma once
 
@@ -18,8 +18,8 @@ namespace gradclip::bindings::on_cuda {
 /// Returns why the kernels cannot run on a device, or nothing if they can. Asks each device once.
 std::optional<std::string> obstacle(c10::DeviceIndex device);
 
-/// Returns the norm, not yet computed, and enqueues the scaling by the coefficient that goes with it.
-/// With `error_if_nonfinite` the host waits for the norm; the second value tells that it is not
+/// Returns the norm, not yet computed, and enqueues the scaling by the coefficient that goes with
+/// it. With `error_if_nonfinite` the host waits for the norm; the second value tells that it is not
 /// finite and that nothing was scaled.
 std::pair<at::Tensor, bool> clip_norm_(const GradList& list, c10::Device device, double norm_type,
                                        bool float64, double max_norm, bool error_if_nonfinite);

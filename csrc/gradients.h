@@ -1,5 +1,5 @@
-// What the kernels take of a Python list of tensors, and how it is reached: the torch side of a grad
-// list, shared by the bindings of every device.
+// What the kernels take of a Python list of tensors, and how it is reached: the torch side of a
+// grad list, shared by the bindings of every device.
 
 #pragma once
 
@@ -131,8 +131,8 @@ bool for_each_tensor(const py::list& listed, Source source, const Use& use) {
   return true;
 }
 
-/// The gradients of one call, all of one device. Their parameters own them, which is enough while the
-/// GIL is held.
+/// The gradients of one call, all of one device. Their parameters own them, which is enough while
+/// the GIL is held.
 class Gradients {
  public:
   explicit Gradients(size_t count = 0) {
@@ -161,7 +161,8 @@ class Gradients {
 
   /// As torch's in-place operations do: a backward that saved a gradient relies on it.
   void bump_versions() const {
-    // An atomic addition waits for its cache miss and holds up the next: reading first overlaps them.
+    // An atomic addition waits for its cache miss and holds up the next: reading first overlaps
+    // them.
     for (const c10::TensorImpl* tensor : tensors) tensor->version_counter().current_version();
     for (c10::TensorImpl* tensor : tensors) tensor->bump_version();
   }

@@ -57,7 +57,7 @@ def load() -> tuple[Core | None, str | None]:
     """Return ``gradclip_ext._C`` and None, or None and the reason why it is not used."""
     if _build_info is None:
         return None, "the compiled module was not built (see the log of pip install -v)"
-    if _build_info.TORCH != torch.__version__:
+    if torch.__version__ != _build_info.TORCH:
         reason = (
             f"the compiled module was built for torch {_build_info.TORCH}, this is torch "
             f"{torch.__version__}: reinstall with --no-build-isolation"

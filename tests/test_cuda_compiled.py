@@ -8,7 +8,7 @@ import re
 import subprocess
 
 import pytest
-from toolkit import ROOT, find_cuobjdump, find_toolkit
+from toolkit import ROOT, find_cuobjdump, find_toolkit, missing
 
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 # Kernels per table size: three norms in float32, one in float64, scale, clamp.
@@ -17,7 +17,8 @@ TABLES = 2
 MAX_REGISTERS = {"norm_kernel": 64, "norm_wide_kernel": 128, "scale_kernel": 128, "clamp_kernel": 128}
 TOOLKIT = find_toolkit()
 
-pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit on this machine")
+if TOOLKIT is None:
+    missing("no CUDA toolkit on this machine")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def compiled(tmp_path_factory):
             command = [TOOLKIT / "bin" / "nvcc", *flags, *target, ROOT / "csrc" / "cuda" / "launch.cu"]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if "Unsupported gpu architecture" in result.stderr:
-                pytest.skip(f"this toolkit does not know sm_{arch}")
+                missing(f"this toolkit does not know sm_{arch}")
             assert result.returncode == 0, result.stderr
             done[arch] = cubin, result.stderr
         return done[arch]
@@ -85,7 +86,7 @@ def longest_bursts(listing, kernel):
 def test_the_norm_kernels_keep_eight_loads_in_flight(compiled, arch):
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        pytest.skip("no cuobjdump: neither the CUDA toolkit nor Triton's wheel has one here")
+        missing("no cuobjdump: neither the CUDA toolkit nor Triton's wheel has one here")
     cubin, _ = compiled(arch)
     listing = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     bursts = list(longest_bursts(listing, "11norm_kernel"))

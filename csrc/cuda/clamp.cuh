@@ -35,7 +35,8 @@ __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constan
       round_bound(max, high);
       change_tiles(x, n, share.first, share.stride, lane, [&](T& item) {
         const auto value = comparable(item);  // NaN is neither below nor above, and stays
-        const bool below = value < comparable(low), above = value > comparable(high);
+        const bool below = value < comparable(low);
+        const bool above = value > comparable(high);
         item = below ? low : above ? high : item;
         return below || above;
       });

@@ -1,0 +1,236 @@
+"""What only a GPU can show, of its kernels' two backends: graphs, streams, threads, sizes, synchronisation.
+
+What every backend must do is in the shared suite, whose targets there end in "-cuda".
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import oracle
+import pytest
+import torch
+from cases import clones, grads_of
+from oracle import assert_same_bits, parameter
+from torch import Tensor
+
+import gradclip_ext
+from gradclip_ext import backends
+
+GPU = torch.device("cuda")
+WHY_NOT = {name: backends.ALL[name].unusable(GPU) for name in ("cuda", "triton")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device is visible", allow_module_level=True)
+
+
+@pytest.fixture(params=WHY_NOT)
+def name(request: pytest.FixtureRequest) -> str:
+    if WHY_NOT[request.param] is not None:
+        pytest.skip(f"{request.param} cannot serve this GPU: {WHY_NOT[request.param]}")
+    return str(request.param)
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def gpu_parameters(scale: float = 1.0) -> list[Tensor]:
+    shapes = ((0,), (70_000,), (33,), (129, 65), (), (0, 3), (100_001,))
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)
+    return [
+        parameter((torch.randn(s, device=GPU) * scale).to(d)) for s, d in zip(shapes, (*dtypes, dtypes[1]))
+    ]
+
+
+def as_of(params: list[Tensor]) -> list[Tensor]:
+    """Return other parameters with the same gradients."""
+    return [parameter(grad) for grad in clones(grads_of(params))]
+
+
+# ---------------------------------------------------------------- graphs
+
+
+def test_captured_graph_replays_on_new_values(name: str) -> None:
+    params, others = gpu_parameters(), gpu_parameters()
+    gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)  # loads or compiles
+    gradclip_ext.clip_grad_value_(params, 1.0, backend=name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
+        gradclip_ext.clip_grad_value_(params, 0.003, backend=name)
+    for scale in (1e-6, 3.0, 500.0):  # the first is not clipped
+        for _ in range(20):  # other tables, and other uses of page-locked memory, come and go
+            gradclip_ext.clip_grad_norm_(as_of(others), 1.0, backend=name)
+        twins = [parameter(torch.randn_like(p.grad) * scale) for p in params]
+        for param, twin in zip(params, twins):
+            param.grad.copy_(twin.grad)
+        graph.replay()
+        expected = gradclip_ext.clip_grad_norm_(twins, 1.0, backend=name)
+        gradclip_ext.clip_grad_value_(twins, 0.003, backend=name)
+        assert torch.equal(norm, expected)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(params, twins))
+
+
+def test_two_captures_in_one_graph_and_a_split_norm(name: str) -> None:
+    params = gpu_parameters()
+    gradclip_ext.clip_grad_norm_(as_of(params), 1.0, backend=name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = gradclip_ext.get_total_norm(grads_of(params), backend=name)
+        gradclip_ext.clip_grads_with_norm_(params, 1.0, first, backend=name)
+        second = gradclip_ext.get_total_norm(grads_of(params), backend=name)
+    for _ in range(3):
+        for param in params:
+            param.grad.normal_()
+        graph.replay()
+        assert first > 1.0 and second.item() == pytest.approx(1.0, rel=1e-3)
+
+
+# ---------------------------------------------------------------- nothing waits
+
+
+def test_nothing_synchronizes(name: str) -> None:
+    for warm in (True, False):  # lists of their own, so that tables are uploaded under scrutiny, too
+        params = gpu_parameters()
+        if warm:
+            gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
+            gradclip_ext.clip_grad_value_(params, 0.1, backend=name)
+        with no_sync():
+            for p in (1.0, 2.0, 3.0, math.inf) if warm else (2.0,):
+                gradclip_ext.clip_grad_norm_(params, 1.0, p, backend=name)
+            gradclip_ext.clip_grad_value_(params, 0.1, backend=name)
+            norm = gradclip_ext.get_total_norm(grads_of(params), backend=name)
+            gradclip_ext.clip_grads_with_norm_(params, 1.0, norm, backend=name)
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_bits_do_not_depend_on_run_stream_or_address(name: str, p: float) -> None:
+    grads = [g.clone() for g in grads_of(gpu_parameters())] * 5
+    expected = backends.ALL[name].norm([g.clone() for g in grads], p)
+    for shift in (0, 1, 3):
+        moved = [torch.cat([g.new_zeros(shift), g.reshape(-1)])[shift:] for g in grads]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert_same_bits(backends.ALL[name].norm(moved, p), expected, f"shifted by {shift}")
+        torch.cuda.synchronize()
+
+
+def test_streams_and_threads_have_memory_of_their_own(name: str) -> None:
+    """Two threads on two streams, each many norms behind one another."""
+    lists = [[torch.randn(n, device=GPU) for n in (100_000, 3, size)] for size in (40_000, 2_000_000)]
+    backend = backends.ALL[name]
+    expected = [backend.norm(grads, 2.0) for grads in lists]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            norms = [backend.norm(lists[which], 2.0) for _ in range(50)]
+            wrong.extend(which for norm in norms if not torch.equal(norm, expected[which]))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_stream_that_is_not_the_default_is_respected(name: str) -> None:
+    """The clip comes after what its stream still has to do, whatever the default stream is at."""
+    params = gpu_parameters()
+    gradclip_ext.clip_grad_norm_(as_of(params), 1.0, backend=name)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for param in params:
+            param.grad.fill_(2.0)
+        norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
+    stream.synchronize()
+    count = sum(p.grad.numel() for p in params)
+    assert norm.item() == pytest.approx(2.0 * math.sqrt(count), rel=1e-6)
+
+
+def test_agrees_with_the_other_backend() -> None:
+    """The gradients bit for bit, given one coefficient; the norm within 1e-7."""
+    if any(WHY_NOT.values()):
+        pytest.skip(f"nothing to compare: {WHY_NOT}")
+    cuda, triton = backends.ALL["cuda"], backends.ALL["triton"]
+    grads = grads_of(gpu_parameters())
+    for p in (1.0, 2.0, 3.0, math.inf):
+        assert triton.norm(grads, p).item() == pytest.approx(cuda.norm(grads, p).item(), rel=1e-7), p
+    coef = torch.tensor(0.3, device=GPU)
+    for change in (lambda b, g: b.scale_(g, coef), lambda b, g: b.clamp_(g, -0.2, 0.1)):
+        ours, theirs = clones(grads), clones(grads)
+        change(triton, ours)
+        change(cuda, theirs)
+        for a, b in zip(ours, theirs):
+            assert_same_bits(a, b)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("count", [196, 197, 198, 1630, 1631, 10_000])
+def test_lists_around_what_a_launch_holds(name: str, count: int) -> None:
+    params = [parameter(torch.randn(1 + i % 37, device=GPU)) for i in range(count)]
+    before = clones(grads_of(params))
+    norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
+    oracle.assert_norm(norm, before, 2.0)
+    oracle.assert_scaled(grads_of(params), before, norm, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_more_than_two_to_the_31_elements(name: str, dtype: torch.dtype) -> None:
+    numel = 2**31 + 4099
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * numel * dtype.itemsize:
+        pytest.skip(f"{free >> 30} GiB of GPU memory are free, {3 * numel * dtype.itemsize >> 30} are needed")
+    grad = torch.full((numel,), 2.0**-8, dtype=dtype, device=GPU)
+    grad[-1] = 64.0
+    param = torch.nn.Parameter(torch.zeros((), dtype=dtype, device=GPU).expand(numel))
+    param.grad = grad
+    norm = gradclip_ext.clip_grad_norm_(param, 1.0, backend=name)
+    assert norm.item() == pytest.approx(math.sqrt((numel - 1) * 2.0**-16 + 4096.0), rel=1e-6)
+    coef = 1.0 / (norm.item() + 1e-6)
+    for at in (0, 2**31 - 1, 2**31, numel - 2):
+        assert grad[at].item() == pytest.approx(2.0**-8 * coef, rel=2.0**-8)
+    assert grad[-1].item() == pytest.approx(64.0 * coef, rel=2.0**-8)
+    gradclip_ext.clip_grad_value_(param, 1e-5, backend=name)
+    assert grad.max().item() == pytest.approx(1e-5, rel=2.0**-7)
+
+
+# ---------------------------------------------------------------- several devices
+
+
+def test_a_list_on_several_devices(name: str) -> None:
+    others = ["cpu"] + (["cuda:1"] if torch.cuda.device_count() > 1 else [])
+    for other in others:
+        named = name if other != "cpu" else None
+        grads = [torch.randn(1000, device=d) for d in ("cuda:0", other, "cuda:0")]
+        before = clones(grads)
+        params = [parameter(g) for g in grads]
+        norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend=named)
+        assert norm.device == grads[0].device
+        oracle.assert_norm(norm, [b.cpu() for b in before], 2.0)
+        oracle.assert_scaled([g.cpu() for g in grads], [b.cpu() for b in before], norm.cpu(), 1.0)
+
+
+def test_automatic_choice_is_the_first_that_is_usable() -> None:
+    first = next((n for n in ("cuda", "triton") if WHY_NOT[n] is None), "foreach")
+    assert backends.choose(None, None, [GPU])[GPU].name == first
