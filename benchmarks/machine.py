@@ -58,15 +58,18 @@ def file_name(device: torch.device) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the last cache before memory; 32 MiB where the system does not say."""
+    """Return the size of the L2 cache, on a CPU of all cores together: no call finds its gradients there.
+
+    A CPU's last cache is left alone: it keeps the gradients of a small model from the backward pass
+    to the clipping, and pushes out those of a large one by itself.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K"):
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes, default=_UNKNOWN_CACHE)
+    for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/level"):
+        size = (level.parent / "size").read_text().strip()
+        if level.read_text().strip() == "2" and size.endswith("K"):
+            return (int(size[:-1]) << 10) * (os.cpu_count() or 1)
+    return _UNKNOWN_CACHE
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -41,7 +41,7 @@ class Workload:
         case: the shapes.
         dtype: one of DTYPES.
         device: where the gradients live.
-        cache_bytes: size of the device's last cache before memory.
+        cache_bytes: size of the cache that the gradients have to have left, see machine.cache_bytes.
         seed: of the random values.
     """
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "clamp.cuh"
 #include "launch.h"
@@ -60,7 +61,10 @@ cudaError_t enqueue(void (*kernel)(Parameters...), unsigned blocks, bool depende
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  // By address: the typed launch would copy a table of 32 KB once more.
+  static_assert((std::is_same_v<Parameters, Arguments> && ...), "read as the kernel's own types");
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
 /// Calls `launch(table, device, is_last)` for one table after the other.
