@@ -8,10 +8,12 @@ without any, all architectures below that the toolkit knows, with PTX for what c
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -52,24 +54,54 @@ def obstacles():
     cuda = cpu
     if not cuda and torch.version.cuda is None:
         cuda = f"torch {torch.__version__} is built without CUDA"
-    if not cuda and find_toolkit() is None:
-        cuda = "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME"
-    return {"cpu": cpu, "cuda": cuda}
+    return {"cpu": cpu, "cuda": cuda or toolkit_obstacle(torch.version.cuda)}
+
+
+def toolkit_obstacle(wanted):
+    """Return why the CUDA toolkit cannot serve a torch built for this version of CUDA, or ""."""
+    toolkit = find_toolkit()
+    if toolkit is None:
+        return "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME"
+    release = nvcc_says("--version", r"release ([\d.]+)")
+    if release and release[0].split(".")[0] != wanted.split(".")[0]:
+        return (
+            f"torch is built for CUDA {wanted} and the toolkit in {toolkit} is CUDA {release[0]}: "
+            "set CUDA_HOME to one of the same major version"
+        )
+    return ""
+
+
+def nvcc_says(option, pattern):
+    """Return all that a pattern finds in what the toolkit's compiler prints."""
+    command = [find_toolkit() / "bin" / "nvcc", option]
+    return re.findall(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def cuda_architectures():
-    """Return what to compile for: TORCH_CUDA_ARCH_LIST, else the visible GPUs, else all in use today."""
+    """Return what to compile for: TORCH_CUDA_ARCH_LIST, else the visible GPUs, else all in use today.
+
+    Both as far as the toolkit and torch know them, with PTX for a GPU that is later than that.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
         return asked
     import torch
+    from torch.utils import cpp_extension
 
-    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if visible:
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
-    nvcc = [find_toolkit() / "bin" / "nvcc", "--list-gpu-arch"]
-    known = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout.split()
-    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+    def is_known(architecture):
+        with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=architecture):
+            try:
+                return cpp_extension._get_cuda_arch_flags() != []
+            except ValueError:
+                return False
+
+    digits = nvcc_says("--list-gpu-arch", r"compute_(\d+)")
+    known = [a for a in ARCHITECTURES if a.replace(".", "") in digits and is_known(a)]
+    gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    visible = [f"{major}.{minor}" for major, minor in sorted(gpus)]
+    if visible and all(v.replace(".", "") in digits and is_known(v) for v in visible):
+        return ";".join(visible)
+    return ";".join(known) + "+PTX"
 
 
 def choose_mode():

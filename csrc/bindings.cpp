@@ -132,8 +132,8 @@ class Kernels {
  public:
   explicit Kernels(Serves serves) : serves_(serves) {}
 
-  /// Returns the norm, or None if the call was not for the kernels. With error_if_nonfinite, a norm
-  /// that is not finite is returned before anything has changed.
+  /// Returns the norm and whether it was refused, or None if the call was not for the kernels. With
+  /// error_if_nonfinite, a norm that is not finite is refused: nothing has changed.
   py::object clip_grad_norm_(const py::list& parameters, double max_norm, double norm_type,
                              bool error_if_nonfinite) const {
     if (!has_kernel(norm_type)) return py::none();
@@ -146,7 +146,7 @@ class Kernels {
     }
     const auto& [norm, refused] = norm_and_refused;
     if (!refused) gradients->bump_versions();
-    return to_python(norm);
+    return py::make_tuple(to_python(norm), refused);
   }
 
   /// Returns the norm, or None if the call was not for the kernels.

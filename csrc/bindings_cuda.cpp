@@ -5,6 +5,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -37,62 +38,107 @@ struct OnDevice {
 
 /// The counter through which the blocks of a norm find out which of them is the last. Every norm
 /// leaves it at zero, so each stream of a device keeps one as long as the process lives: clearing
-/// it would be a kernel a step. A graph clears one of its own at each replay, since other work may
-/// be under way on the stream that it was captured on.
-at::Tensor ticket_of(const OnDevice& on) {
-  const auto fresh = [&] { return at::zeros({1}, on.options(at::kInt)); };
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return fresh();
+/// it would be a kernel a step. A graph gets one of its own, which each replay clears, since other
+/// work may be under way on the stream that it was captured on; so do streams beyond the
+/// thousandth.
+class Ticket {
+ public:
+  explicit Ticket(const OnDevice& on) {
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
+      counter_ = kept_by(on.stream);
+    }
+    if (counter_ != nullptr) return;
+    memory_ = at::zeros({1}, on.options(at::kInt));
+    counter_ = static_cast<unsigned*>(memory_.data_ptr());
   }
-  static std::mutex mutex;
-  // Never destroyed: at exit the driver may be gone before the memory.
-  static auto& tickets = *new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& ticket = tickets[{on.stream.device_index(), on.stream.id()}];
-  if (!ticket.defined()) ticket = fresh();
-  return ticket;
-}
+
+  unsigned* counter() const { return counter_; }
+
+ private:
+  static unsigned* kept_by(const c10::cuda::CUDAStream& stream) {
+    static std::mutex mutex;
+    static std::map<std::pair<c10::DeviceIndex, c10::StreamId>, unsigned*> counters;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto [entry, is_new] =
+        counters.try_emplace({stream.device_index(), stream.id()}, nullptr);
+    const int slot = static_cast<int>(counters.size()) - 1;
+    if (is_new && slot < cuda::kTickets) {
+      C10_CUDA_CHECK(cuda::find_ticket(slot, &entry->second));
+    }
+    return entry->second;
+  }
+
+  unsigned* counter_ = nullptr;
+  at::Tensor memory_;
+};
 
 /// A norm and the coefficient that goes with it, both enqueued.
 struct Norm {
   at::Tensor total_norm;
-  at::Tensor clip_coef;
+  const void* clip_coef;
+  at::Tensor scratch;  // holds the coefficient
 };
 
-/// Scratch memory goes back to torch's allocator on return, which gives it to later work on the
-/// same stream only.
+/// Scratch memory goes back to torch's allocator with the last reference, which gives it to later
+/// work on the same stream only.
 Norm enqueue_norm(const GradList& list, const OnDevice& on, double norm_type, bool float64,
                   double max_norm) {
-  const auto dtype = float64 ? at::kDouble : at::kFloat;
-  Norm norm{at::empty({}, on.options(dtype)), at::empty({}, on.options(dtype))};
-  const at::Tensor partials = at::empty({cuda::norm_partials_bytes(list)}, on.options(at::kByte));
-  const at::Tensor ticket = ticket_of(on);
+  constexpr int64_t kCoefBytes = 16;  // keeps the partials behind it aligned
+  // Not at::empty, which torch.use_deterministic_algorithms lets fill what it returns.
+  const auto empty = [&](at::IntArrayRef size, at::ScalarType dtype) {
+    return at::Tensor(at::detail::empty_cuda(size, on.options(dtype)));
+  };
+  Norm norm;
+  norm.total_norm = empty({}, float64 ? at::kDouble : at::kFloat);
+  norm.scratch = empty({kCoefBytes + cuda::norm_partials_bytes(list)}, at::kByte);
+  auto* scratch = static_cast<char*>(norm.scratch.data_ptr());
+  norm.clip_coef = scratch;
+  const Ticket ticket(on);
   cuda::NormBuffers buffers{};
-  buffers.partials = partials.data_ptr();
-  buffers.ticket = static_cast<unsigned*>(ticket.data_ptr());
+  buffers.partials = scratch + kCoefBytes;
+  buffers.ticket = ticket.counter();
   buffers.total_norm = norm.total_norm.data_ptr();
-  buffers.clip_coef = norm.clip_coef.data_ptr();
+  buffers.clip_coef = scratch;
   buffers.wide = float64;
   C10_CUDA_CHECK(cuda::launch_norm(list, norm_type, max_norm, buffers, on.stream));
   return norm;
 }
 
+/// What will not change while the process lives, unlike too little memory to load the kernels.
+bool lasts(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      return true;
+    default:
+      return false;
+  }
+}
+
 }  // namespace
 
-std::optional<std::string> obstacle(c10::DeviceIndex device) {
+std::optional<Obstacle> obstacle(c10::DeviceIndex device) {
   static std::mutex mutex;
-  static auto& known = *new std::map<c10::DeviceIndex, std::optional<std::string>>;
+  static std::map<c10::DeviceIndex, std::optional<Obstacle>> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  const c10::cuda::CUDAGuard guard(device);
-  const cudaError_t error = cuda::probe();
-  if (error == cudaSuccess) return known[device] = std::nullopt;
-  const std::string reason = cudaGetErrorString(error);
-  // Any other error, such as too little memory to load the kernels, may be gone next time.
-  const bool lasts =
-      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
-  return lasts ? known[device] = reason : reason;
+  try {
+    const c10::cuda::CUDAGuard guard(device);
+    // Loading kernels is not for a stream that is being captured, and need not break its capture.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    const cudaError_t error = cuda::probe();
+    if (error == cudaSuccess) return known[device] = std::nullopt;
+    const Obstacle reason(cudaGetErrorString(error), lasts(error));
+    return reason.second ? known[device] = reason : reason;
+  } catch (const c10::Error& error) {
+    return Obstacle(error.what_without_backtrace(), false);
+  }
 }
 
 std::pair<at::Tensor, bool> clip_norm_(const GradList& list, c10::Device device, double norm_type,
@@ -104,7 +150,7 @@ std::pair<at::Tensor, bool> clip_norm_(const GradList& list, c10::Device device,
   }
   // With max_norm = inf, only report: even a NaN norm must not scale by NaN.
   if (!std::isinf(max_norm)) {
-    C10_CUDA_CHECK(cuda::launch_scale(list, norm.clip_coef.data_ptr(), float64, on.stream));
+    C10_CUDA_CHECK(cuda::launch_scale(list, norm.clip_coef, float64, on.stream));
   }
   return {norm.total_norm, false};
 }

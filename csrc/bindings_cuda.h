@@ -13,10 +13,13 @@
 
 namespace gradclip::bindings::on_cuda {
 
+/// Why kernels cannot run on a device, and whether that is so as long as the process lives.
+using Obstacle = std::pair<std::string, bool>;
+
 #ifdef GRADCLIP_EXT_WITH_CUDA
 
-/// Returns why the kernels cannot run on a device, or nothing if they can. Asks each device once.
-std::optional<std::string> obstacle(c10::DeviceIndex device);
+/// Returns what keeps the kernels from a device, or nothing. Asks until the answer lasts.
+std::optional<Obstacle> obstacle(c10::DeviceIndex device);
 
 /// Returns the norm, not yet computed, and enqueues the scaling by the coefficient that goes with
 /// it. With `error_if_nonfinite` the host waits for the norm; the second value tells that it is not
@@ -38,9 +41,8 @@ void clamp_(const GradList& list, c10::Device device, double min, double max);
 
 #else
 
-inline std::optional<std::string> obstacle(c10::DeviceIndex) {
-  return "the compiled module has no CUDA kernels: there was no CUDA toolkit, or no CUDA in torch, "
-         "when it was built";
+inline std::optional<Obstacle> obstacle(c10::DeviceIndex) {
+  return Obstacle("built without CUDA kernels", true);
 }
 inline std::pair<at::Tensor, bool> clip_norm_(const GradList&, c10::Device, double, bool, double,
                                               bool) {

@@ -24,7 +24,7 @@ class Kernels(Protocol):
 
     def clip_grad_norm_(
         self, parameters: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, /
-    ) -> Tensor | None: ...
+    ) -> tuple[Tensor, bool] | None: ...
 
     def get_total_norm(self, tensors: list[Tensor], norm_type: float, /) -> Tensor | None: ...
 
@@ -50,7 +50,7 @@ class Core(Protocol):
     CPU_CAPABILITY: str
     _testing: Any
 
-    def cuda_obstacle(self, device_index: int, /) -> str | None: ...
+    def cuda_obstacle(self, device_index: int, /) -> tuple[str, bool] | None: ...
 
 
 def load() -> tuple[Core | None, str | None]:

@@ -93,9 +93,10 @@ def clip_grad_norm_(
     norm_type = checks.as_float("norm_type", norm_type)
     core = backends.fused(backend, foreach)
     if core is not None:
-        norm = core.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
-        if norm is not None:
-            if error_if_nonfinite:  # if it is not finite, nothing has changed
+        served = core.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
+        if served is not None:
+            norm, refused = served
+            if refused:
                 _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
             return norm
     with torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -12,8 +14,9 @@ from cases import clones, grads_of, parameters, random
 from oracle import parameter
 
 import gradclip_ext
-from gradclip_ext import backends
+from gradclip_ext import _core, backends
 from gradclip_ext.backends import foreach
+from gradclip_ext.backends.compiled import CudaBackend
 
 VERBS = ("unusable", "norm", "scale_", "clamp_")
 
@@ -172,3 +175,44 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(g) for g in foreach._batches([a, b, half], False)] == [1, 1, 1]
     overlapping = [a[:2], a[1:], b]
     assert [len(g) for g in foreach._batches(overlapping, True)] == [1, 1, 1]
+
+
+# ---------------------------------------------------------------- GPUs that the build is not for
+
+
+@pytest.fixture
+def gpu_with_obstacle(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, bool] | None], None]:
+    """Pretend a GPU of compute capability 7.0 and a build for CUDA that finds the given obstacle on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(_core, "BUILT_FOR_CUDA", "13.0")
+    monkeypatch.setattr(_core, "ARCHITECTURES", "8.0;9.0")
+
+    def pretend(obstacle: tuple[str, bool] | None) -> None:
+        monkeypatch.setattr(_core, "C", SimpleNamespace(cuda_obstacle=lambda index: obstacle))
+
+    return pretend
+
+
+def test_a_gpu_without_code_in_the_binary_is_told_once(
+    gpu_with_obstacle: Callable[[tuple[str, bool] | None], None],
+) -> None:
+    gpu_with_obstacle(("no kernel image is available", True))
+    backend = CudaBackend()
+    with pytest.warns(RuntimeWarning, match="compute capability 7.0") as warned:
+        reasons = {backend.unusable(torch.device(d)) for d in ("cuda", "cuda:0", "cuda")}
+    assert len(warned) == 1 and len(reasons) == 1
+    (reason,) = reasons
+    assert reason is not None and 'TORCH_CUDA_ARCH_LIST="7.0"' in reason and "8.0;9.0" in reason
+
+
+def test_kernels_that_cannot_be_loaded_now_are_no_reason_to_rebuild(
+    gpu_with_obstacle: Callable[[tuple[str, bool] | None], None],
+) -> None:
+    gpu_with_obstacle(("out of memory", False))
+    backend = CudaBackend()
+    reason = backend.unusable(torch.device("cuda"))
+    assert reason is not None and "out of memory" in reason and "reinstall" not in reason
+    gpu_with_obstacle(None)
+    assert backend.unusable(torch.device("cuda")) is None

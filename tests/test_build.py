@@ -77,6 +77,40 @@ def test_the_toolkit_is_not_where_a_wrapper_of_nvcc_is(setup_py, monkeypatch, tm
     assert setup_py.find_toolkit() == tmp_path / "toolkit"
 
 
+@pytest.mark.parametrize(("release", "wanted", "fits"), [("12.4", "13.0", False), ("13.1", "13.0", True)])
+def test_a_toolkit_of_another_major_version_is_an_obstacle(
+    setup_py, monkeypatch, tmp_path, release, wanted, fits
+):
+    fake_toolkit(tmp_path)
+    (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V1\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    obstacle = setup_py.toolkit_obstacle(wanted)
+    assert (obstacle == "") is fits
+    assert fits or (f"CUDA {release}" in obstacle and wanted in obstacle and str(tmp_path) in obstacle)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "expected"),
+    [
+        ("8.0+PTX", [(9, 0)], "8.0+PTX"),  # what is asked for is never argued with
+        (None, [(9, 0), (8, 0), (9, 0)], "8.0;9.0"),
+        (None, [], "8.0;9.0+PTX"),
+        (None, [(12, 0)], "8.0;9.0+PTX"),  # a GPU that this toolkit does not know gets the PTX
+    ],
+)
+def test_architectures(setup_py, monkeypatch, tmp_path, asked, gpus, expected):
+    fake_toolkit(tmp_path)
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho compute_80 compute_90\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(gpus))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: gpus[index])
+    if asked is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup_py.cuda_architectures() == expected
+
+
 def test_cuda_home_comes_first(setup_py, monkeypatch, tmp_path):
     fake_toolkit(tmp_path / "path")
     fake_toolkit(tmp_path / "home")

@@ -351,8 +351,8 @@ def test_a_refused_call_changes_nothing() -> None:
     for bad, dtype in ((math.nan, torch.float32), (math.inf, torch.bfloat16), (3e38, torch.float32)):
         grads = [torch.ones(4), torch.full((3,), bad, dtype=dtype)]
         before = [g.clone() for g in grads]
-        norm = core.clip_grad_norm_(with_grads(*grads), 1.0, 2.0, True)
-        assert not torch.isfinite(norm)
+        norm, refused = core.clip_grad_norm_(with_grads(*grads), 1.0, 2.0, True)
+        assert refused and not torch.isfinite(norm)
         for grad, old in zip(grads, before):
             assert grad._version == 0 and torch.equal(grad.nan_to_num(7), old.nan_to_num(7))
 
@@ -371,13 +371,15 @@ def test_the_coefficient_is_the_one_of_the_general_path(dtype: torch.dtype) -> N
 
 def test_results_are_new_and_of_the_right_dtype() -> None:
     params = with_grads(torch.ones(4), torch.ones(4, dtype=torch.bfloat16))
-    first, second = (core.clip_grad_norm_(params, math.inf, 2.0, False) for _ in range(2))
+    first, second = (core.clip_grad_norm_(params, math.inf, 2.0, False)[0] for _ in range(2))
     assert first.data_ptr() != second.data_ptr() and first.dtype == torch.float32 and first.dim() == 0
     assert not first.requires_grad and first._version == 0
-    wide = core.clip_grad_norm_([*params, *with_grads(torch.zeros(0, dtype=torch.float64))], 9.0, 2.0, False)
+    with_wide = [*params, *with_grads(torch.zeros(0, dtype=torch.float64))]
+    wide, _ = core.clip_grad_norm_(with_wide, 9.0, 2.0, False)
     assert wide.dtype == torch.float64
-    assert core.clip_grad_norm_([], 1.0, 2.0, False) == torch.tensor(0.0)
-    assert core.clip_grad_norm_([torch.nn.Parameter(torch.ones(3))], 1.0, 2.0, False).dtype == torch.float32
+    assert core.clip_grad_norm_([], 1.0, 2.0, False) == (torch.tensor(0.0), False)
+    no_grad = [torch.nn.Parameter(torch.ones(3))]
+    assert core.clip_grad_norm_(no_grad, 1.0, 2.0, False)[0].dtype == torch.float32
 
 
 # ---------------------------------------------------------------- builds that do not fit

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <type_traits>
 
 #include "clamp.cuh"
@@ -13,30 +14,53 @@
 namespace gradclip::cuda {
 namespace {
 
-/// What a launch needs to know of the device it goes to.
+// Zero when the kernels are loaded, and out of every allocator's reach.
+__device__ unsigned tickets[kTickets];
+
+/// What a launch needs to know of the device it goes to, and of the code that this device runs.
 struct Device {
   int multiprocessors = 0;
   bool dependent_launch = false;
   bool large_parameters = false;
-
-  cudaError_t query() {
-    int device = 0, major = 0, driver = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    }
-    if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
-    // Captured into a graph since CUDA 12.3; before that, capturing it is an error.
-    dependent_launch = major >= 9 && driver >= 12030;
-#if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
-    large_parameters = driver >= 12010;
-#endif
-    return error;
-  }
 };
+
+cudaError_t describe(int index, Device& device) {
+  int driver = 0;
+  cudaFuncAttributes scale;
+  // Loads the kernels, too: fails where the binary has none for this device.
+  cudaError_t error = cudaFuncGetAttributes(&scale, scale_kernel<LaunchTable<kSmallLaunchTensors>>);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  }
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  // The code has to wait for its predecessor, which it does from compute_90 on: code compiled for
+  // less does not, on whatever GPU it runs. Captured into a graph since CUDA 12.3; before that,
+  // capturing it is an error.
+  device.dependent_launch = scale.ptxVersion >= 90 && driver >= 12030;
+#if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
+  device.large_parameters = driver >= 12010;
+#endif
+  return error;
+}
+
+/// The current device, which is asked once.
+cudaError_t current_device(Device& device) {
+  constexpr int kMostDevices = 64;
+  static std::mutex mutex;
+  static Device known[kMostDevices];
+  int index = 0;
+  const cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return error;
+  if (index >= kMostDevices) return describe(index, device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known[index].multiprocessors == 0) {
+    const cudaError_t failed = describe(index, device);
+    if (failed != cudaSuccess) return failed;
+    known[index] = device;
+  }
+  device = known[index];
+  return cudaSuccess;
+}
 
 /// As many blocks as are resident at once, but no more than there is work for: a block wants a
 /// tile for each of its warps, or a small tensor for each.
@@ -83,7 +107,7 @@ cudaError_t for_each_table(const GradList& list, const Device& device, Launch&& 
 template <typename Launch>
 cudaError_t for_each_launch(const GradList& list, Launch&& launch) {
   Device device;
-  const cudaError_t error = device.query();
+  const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
 #if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
   if (device.large_parameters && list.size() > kSmallLaunchTensors) {
@@ -96,10 +120,16 @@ cudaError_t for_each_launch(const GradList& list, Launch&& launch) {
 }  // namespace
 
 cudaError_t probe() {
-  cudaFuncAttributes attributes;
-  const auto kernel = norm_kernel<L2, LaunchTable<kSmallLaunchTensors>>;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  Device device;
+  const cudaError_t error = current_device(device);
   if (error != cudaSuccess) cudaGetLastError();  // the next call must not find it
+  return error;
+}
+
+cudaError_t find_ticket(int slot, unsigned** ticket) {
+  void* address = nullptr;
+  const cudaError_t error = cudaGetSymbolAddress(&address, tickets);
+  *ticket = static_cast<unsigned*>(address) + slot;
   return error;
 }
 

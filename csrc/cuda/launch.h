@@ -24,8 +24,13 @@ struct NormBuffers {
 
 int64_t norm_partials_bytes(const GradList& list);
 
-/// Tells whether the binary holds code for the current device: cudaSuccess, or why not.
+/// Tells whether the binary holds code for the current device: cudaSuccess, or why not. Clears the
+/// error.
 cudaError_t probe();
+
+/// Counters that are zero, as NormBuffers wants one, on every device.
+constexpr int kTickets = 1024;
+cudaError_t find_ticket(int slot, unsigned** ticket);
 
 /// Enqueues the norm of order `norm_type`, which is positive or inf, and the coefficient
 /// min(1, max_norm / (total_norm + 1e-6)). The list holds at least one element and no empty tensor.

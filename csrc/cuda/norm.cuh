@@ -16,6 +16,9 @@ struct NormOutput {
   void* clip_coef;   // the same
   bool wide;         // double, because a gradient is
   double max_norm;
+
+  /// A kernel that lets the next one in early obliges it to wait, so none but ours may follow.
+  __device__ bool scale_follows() const { return ticket != nullptr && max_norm < INFINITY; }
 };
 
 /// Writes total_norm and min(1, max_norm / (total_norm + 1e-6)) in torch's order of operations,
@@ -121,7 +124,7 @@ __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant
       __syncthreads();
     }
   });
-  let_next_kernel_launch();
+  if (out.scale_follows()) let_next_kernel_launch();
   if (out.ticket != nullptr && is_last_block(out.ticket)) finalize<Norm>(out);
 }
 

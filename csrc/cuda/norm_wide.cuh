@@ -77,7 +77,7 @@ __global__ __launch_bounds__(kThreads,
     }
     __syncthreads();
   });
-  let_next_kernel_launch();
+  if (out.scale_follows()) let_next_kernel_launch();
   if (out.ticket == nullptr || !is_last_block(out.ticket)) return;
 
   // As finalize(): first every thread its share of the partials, then the threads in order.

@@ -83,11 +83,13 @@ __device__ double block_reduce(double value, double* shared) {
 /// serves one launch after the other without being cleared.
 __device__ inline bool is_last_block(unsigned* ticket) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // for the whole block: what it wrote before the barrier comes first
+    last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+  }
   __syncthreads();
-  __threadfence();
+  if (last) __threadfence();
   return last;
 }
 

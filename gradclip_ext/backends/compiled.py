@@ -6,6 +6,7 @@ backend, tensor by tensor, without holding the others back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,10 @@ class CudaBackend(CompiledBackend):
 
     name = "cuda"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._unfit: dict[int, str] = {}  # GPUs that the binary has no code for, each warned about once
+
     def unusable(self, device: torch.device) -> str | None:
         if _core.C is None:
             return _core.REASON
@@ -79,8 +84,8 @@ class CudaBackend(CompiledBackend):
             return "its kernels run on NVIDIA GPUs"
         if _core.BUILT_FOR_CUDA is None:
             return (
-                "the compiled module was built without CUDA (torch without CUDA or no CUDA toolkit, "
-                "see the log of pip install -v)"
+                "the compiled module was built without CUDA (GRADCLIP_EXT_BUILD=cpu, torch without "
+                "CUDA, or no fitting CUDA toolkit: see the log of pip install -v)"
             )
         built = f"built for CUDA {_core.BUILT_FOR_CUDA}, architectures {_core.ARCHITECTURES}"
         if not torch.cuda.is_available():
@@ -89,8 +94,16 @@ class CudaBackend(CompiledBackend):
         obstacle = _core.C.cuda_obstacle(index)
         if obstacle is None:
             return None
-        major, minor = torch.cuda.get_device_capability(index)
-        return (
-            f"{built}; this GPU has compute capability {major}.{minor} ({obstacle}): reinstall with "
-            f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
-        )
+        reason, lasts = obstacle
+        if not lasts:
+            return f"{built}; the kernels cannot be loaded now: {reason}"
+        if index not in self._unfit:
+            capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+            self._unfit[index] = (
+                f"{built}; this GPU has compute capability {capability} ({reason}): reinstall with "
+                f'TORCH_CUDA_ARCH_LIST="{capability}"'
+            )
+            warnings.warn(
+                f"cuda:{index} gets slower backends: {self._unfit[index]}", RuntimeWarning, stacklevel=2
+            )
+        return self._unfit[index]
