@@ -14,7 +14,7 @@ come as the bits of a float64 in an integer, because Triton passes a Python floa
 """
 
 # mypy: ignore-errors
-# ruff: noqa: PLR0917, SIM102, SIM108, SIM300
+# ruff: noqa: SIM102, SIM108, SIM300
 # (inside @triton.jit, names and branches are Triton's, and so are the long lists of constants)
 
 from __future__ import annotations
