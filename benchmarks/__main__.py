@@ -84,7 +84,7 @@ class Run:
             i.name: {"version": i.version, "note": i.note} for i in chosen.found.values() if i.version
         }
         kept = chosen.kept or Results(block)
-        self._meter.keep(kept.machine.get("read_gbps"), kept.machine.get("inplace_gbps"))
+        block |= {key: kept.machine[key] for key in ("read_gbps", "inplace_gbps")}
         self.results = Results(block, list(kept.records), list(kept.host), chosen.skipped)
         _print_machine(block)
 
@@ -140,11 +140,10 @@ class Run:
                     yield from records
 
     def save(self) -> None:
-        """Write the file, every bound made from the best bandwidth so far."""
-        best = self._meter.best
-        if best.read_gbps:
-            self.results.records = [suite.with_bound(record, best) for record in self.results.records]
-        self.results.machine |= best.rounded()
+        """Write the file."""
+        median = self._meter.median()
+        if median is not None:
+            self.results.machine |= median.rounded()
         self.results.save(self._plan.path)
 
     def _measure_host(self, progress: Progress) -> None:
@@ -160,7 +159,7 @@ def _print_outcome(results: Results, path: Path) -> None:
     block = results.machine
     print(
         f"\nmemory   reads {block['read_gbps']:.1f} GB/s, reads and writes {block['inplace_gbps']:.1f} GB/s: "
-        "the best of the run,\n         which the bounds in the file are made from"
+        "the median of the run;\n         a bound is made from what was measured right before"
     )
     print(f"results  {os.path.relpath(path)}")
     if not plot.available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
@@ -17,7 +18,7 @@ from benchmarks import clocks
 from benchmarks.clocks import Call
 
 _UNKNOWN_CACHE = 32 << 20
-_BANDWIDTH_REPEATS = 10
+_BANDWIDTH_REPEATS = 4
 
 
 class Bandwidths(NamedTuple):
@@ -98,8 +99,8 @@ def load() -> float:
 class BandwidthMeter:
     """Measures the memory of a device with the best of several torch operations.
 
-    A bound is a maximum, and a shared machine has its good and bad minutes: measured again
-    before every case, the best result of the whole run counts.
+    A shared machine has its good and bad minutes, twice as fast and half as fast: measured
+    before every operation, a bound is what was possible at that time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,19 +113,21 @@ class BandwidthMeter:
         self._clock = clocks.device_clock(device)
         self._readers: list[Call] = [x.sum, lambda: torch.dot(x.view(-1), x.view(-1)), lambda: x.amax(dim=1)]
         self._updates: list[Call] = [x.neg_, x.abs_]
-        self.best = Bandwidths(0.0, 0.0)
-
-    def keep(self, read_gbps: float | None, inplace_gbps: float | None) -> None:
-        """Take what an earlier part of this run has measured for the best so far."""
-        self.best = Bandwidths(read_gbps or 0.0, inplace_gbps or 0.0)
+        self._measured: list[Bandwidths] = []
 
     def measure(self) -> Bandwidths:
-        """Measure once more and return the best so far."""
-        self.best = Bandwidths(
-            max(self.best.read_gbps, self._size / self._best_us(self._readers) / 1e3),
-            max(self.best.inplace_gbps, 2 * self._size / self._best_us(self._updates) / 1e3),
-        )
-        return self.best
+        """Return what the memory does now."""
+        read = self._size / self._best_us(self._readers) / 1e3
+        inplace = 2 * self._size / self._best_us(self._updates) / 1e3
+        self._measured.append(Bandwidths(read, inplace))
+        return self._measured[-1]
+
+    def median(self) -> Bandwidths | None:
+        """Return the median of all that was measured, or None if nothing was."""
+        if not self._measured:
+            return None
+        read, inplace = zip(*self._measured)
+        return Bandwidths(statistics.median(read), statistics.median(inplace))
 
     def _best_us(self, calls: list[Call]) -> float:
         return min(self._clock(call) for _ in range(_BANDWIDTH_REPEATS) for call in calls)

@@ -115,8 +115,8 @@ def _heading(results: Results) -> Iterator[str]:
     if block["gpu"]:
         device = f"{block['gpu']}, driver {block['driver']}, CUDA {block['cuda']}"
     yield f"**{device}**, {block['cores']} CPU cores, torch {block['torch']}, commit {block['commit']},"
-    yield f"{block['date']}. In this run, memory was read at {block['read_gbps']:.1f} GB/s, and read and"
-    yield f"written in place at {block['inplace_gbps']:.1f} GB/s."
+    yield f"{block['date']}. Memory was read at {block['read_gbps']:.1f} GB/s, and read and written in place"
+    yield f"at {block['inplace_gbps']:.1f} GB/s, medians of the run."
 
 
 def _table(results: Results, dtypes: Sequence[str]) -> Iterator[str]:

@@ -27,7 +27,7 @@ class Record:
         launches: kernels, copies and fills the GPU was given; None on a CPU.
         scratch_bytes: peak GPU memory beyond what was there before; None on a CPU.
         gbps: bytes that have to move, over p50_us.
-        bound_us: time to move them at the bandwidth measured in the same run.
+        bound_us: time to move them at the bandwidth measured right before.
         pct_of_bound: bound_us as a share of p50_us, in percent.
         speedup_vs_torch: torch's time over this one, median over pairs of calls side by side;
             None for whatever failed the gate.

@@ -12,7 +12,7 @@ from benchmarks import gate, timing
 from benchmarks.gate import Verdict
 from benchmarks.implementations import BASELINE, Implementation
 from benchmarks.machine import Bandwidths, cache_bytes
-from benchmarks.operations import OPERATIONS, Operation
+from benchmarks.operations import Operation
 from benchmarks.results import Record
 from benchmarks.shapes import Case
 from benchmarks.timing import Timing, percentile
@@ -50,25 +50,16 @@ def measure_case(
     speed-up, no bandwidth and no share of the bound either.
     """
     workload = Workload(case, dtype, settings.device, cache_bytes(settings.device))
-    bandwidths = settings.bandwidths()
     for operation in operations:
         verdicts = {i.name: gate.judge(i, operation, workload) for i in implementations}
         timed = [i for i in implementations if verdicts[i.name].ok or _can_be_timed(i, verdicts[i.name])]
+        bandwidths = settings.bandwidths()
         times = timing.measure(timed, operation, workload, repeats=settings.repeats, seconds=settings.seconds)
         timings = {i.name: t for i, t in zip(timed, times)}
         yield [
             _record(workload, operation, bandwidths, name=name, verdict=verdict, timings=timings)
             for name, verdict in verdicts.items()
         ]
-
-
-def with_bound(record: Record, bandwidths: Bandwidths) -> Record:
-    """Return the record with its bound recomputed for these bandwidths."""
-    (operation,) = (o for o in OPERATIONS if (o.name, o.state) == (record.op, record.state))
-    bound_us = operation.bound_us(record.bytes, bandwidths)
-    judged = record.ok and record.p50_us is not None
-    share = round(100 * bound_us / record.p50_us, 2) if judged and record.p50_us else None
-    return replace(record, bound_us=round(bound_us, 3), pct_of_bound=share)
 
 
 def _can_be_timed(implementation: Implementation, verdict: Verdict) -> bool:
@@ -96,7 +87,7 @@ def _record(
         op=operation.name,
         state=operation.state,
         impl=name,
-        bound_us=operation.bound_us(workload.bytes, bandwidths),
+        bound_us=round(operation.bound_us(workload.bytes, bandwidths), 3),
         max_rel_error=_finite(verdict.max_rel_error),
         ok=verdict.ok,
         problem=verdict.problem,
@@ -121,7 +112,7 @@ def _record(
         ratios = times.ratios_to(baseline)
         slow, median, fast = (round(percentile(ratios, percent), 3) for percent in (20, 50, 80))
         record = replace(record, speedup_p20=slow, speedup_vs_torch=median, speedup_p80=fast)
-    return with_bound(record, bandwidths)
+    return replace(record, pct_of_bound=round(100 * record.bound_us / p50, 2))
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -259,12 +260,8 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert record["p20_us"] <= record["p50_us"] <= record["p80_us"]
         assert record["speedup_p20"] <= record["speedup_vs_torch"] <= record["speedup_p80"]
         assert record["bytes"] == 4 * record["numel"] == 512_000
-    bandwidths = Bandwidths(results["machine"]["read_gbps"], results["machine"]["inplace_gbps"])
-    unclipped, clipped = results["records"][0], results["records"][-1]
-    assert unclipped["bound_us"] == pytest.approx(512 / bandwidths.read_gbps, rel=0.01)
-    assert clipped["bound_us"] == pytest.approx(
-        512 / bandwidths.read_gbps + 1024 / bandwidths.inplace_gbps, rel=0.01
-    )
+        assert record["pct_of_bound"] == pytest.approx(100 * record["bound_us"] / record["p50_us"], rel=0.01)
+    assert results["machine"]["read_gbps"] > 0 and results["machine"]["inplace_gbps"] > 0
     assert str(tmp_path) not in text
     assert str(Path(__file__).parents[1]) not in text
     assert socket.gethostname() not in text
@@ -298,6 +295,14 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "no GPU was found" in capsys.readouterr().err
 
 
+def test_the_bound_is_of_the_passes_that_nobody_can_do_without() -> None:
+    bandwidths = Bandwidths(read_gbps=10.0, inplace_gbps=16.0)
+    bounds = {o.label: o.bound_us(1_000_000, bandwidths) for o in OPERATIONS}
+    assert bounds["clip_grad_norm_:unclipped"] == 100.0
+    assert bounds["clip_grad_norm_:clipped"] == 100.0 + 125.0
+    assert bounds["clip_grad_value_:clipped"] == 125.0
+
+
 def test_too_little_memory_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -306,7 +311,7 @@ def test_too_little_memory_is_said(
     chosen = ["--device", "cpu", "--cases", "gpt2-124m", "--dtypes", "float32", "--json", str(path)]
     assert program.main(chosen) == 1
     printed = capsys.readouterr()
-    assert "gpt2-124m in float32 is skipped: it needs 1.6 GB, 1.0 GB are free" in printed.out
+    assert re.search(r"gpt2-124m in float32 is skipped: it needs 1\.\d GB, 1\.0 GB are free", printed.out)
     assert "Nothing was measured" in printed.err
 
 
