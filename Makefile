@@ -70,8 +70,8 @@ check-cuda: .venv-cuda/.ready
 # On a machine with an NVIDIA GPU, in under ten minutes; without one, the tests skip and say so.
 test-gpu: $(READY)
 	$(RUN) -m gradclip_ext.info
-	$(RUN) -m pytest -k "cuda or gpu or triton" --ignore=tests/test_cuda_emulated.py \
-	  --ignore=tests/test_triton_interpreted.py $(NOT_OF_A_WHEEL) -rs
+	$(RUN) -m pytest -k "cuda or gpu or triton" -rs $(NOT_OF_A_WHEEL) \
+	  $(addprefix --ignore=tests/test_,cuda_emulated.py cuda_compiled.py triton_interpreted.py)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120 --target-processes all
 sanitize-gpu: $(READY)

@@ -58,7 +58,9 @@ def bandwidths(results: Results, path: Path) -> bool:
     )
 
     def bound(record: Record) -> float | None:
-        return record.gbps and record.p50_us and record.gbps * record.p50_us / record.bound_us
+        if not record.gbps or not record.p50_us or not record.bound_us:
+            return None  # a few bytes have a bound that rounds to nothing
+        return record.gbps * record.p50_us / record.bound_us
 
     return _dots(results, shown, path, caption, value=lambda r: r.gbps, line=bound)
 

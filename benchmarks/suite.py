@@ -87,7 +87,7 @@ def _record(
         op=operation.name,
         state=operation.state,
         impl=name,
-        bound_us=round(operation.bound_us(workload.bytes, bandwidths), 3),
+        bound_us=round(operation.bound_us(workload.bytes, bandwidths), 6),
         max_rel_error=_finite(verdict.max_rel_error),
         ok=verdict.ok,
         problem=verdict.problem,

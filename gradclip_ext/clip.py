@@ -357,7 +357,10 @@ def _scale_(serving: Serving, grads: Sequence[Tensor], max_norm: float, norm: Te
     # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
     clip_coef = torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
     for device, group in _by_device(serving, grads).items():
-        serving[device].scale_(group, clip_coef.to(device))
+        # From the CPU, a copy would wait for the device; a number that the host knows is filled in.
+        moved = clip_coef.is_cpu and device.type != "cpu" and not torch.compiler.is_compiling()
+        coef = clip_coef.new_full((), clip_coef.item(), device=device) if moved else clip_coef.to(device)
+        serving[device].scale_(group, coef)
 
 
 def _clamp_(serving: Serving, grads: list[Tensor], low: float, high: float) -> None:

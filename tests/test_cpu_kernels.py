@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +162,23 @@ def test_updates_touch_their_elements_only(isa: str, dtype: torch.dtype, kernel:
             assert torch.equal(inside, expected), (numel, shift)
             inside.fill_(42)
             assert (around == 42).all(), (numel, shift)
+
+
+@pytest.mark.skipif("libasan" not in os.environ.get("LD_PRELOAD", ""), reason="runs in make test-sanitize")
+@over_instruction_sets
+@pytest.mark.parametrize("kernel", ["sum_squares", "max_magnitude", "scale", "clamp"])
+def test_a_planted_overrun_is_caught(isa: str, kernel: str, tmp_path: Path) -> None:
+    code = f"""
+import torch
+from gradclip_ext import _core
+x = torch.zeros(100)
+run = lambda numel: _core.C._testing.run_kernel({isa!r}, {kernel!r}, "float32", x.data_ptr(), numel, 1.0, 1.0)
+run(100)
+print("so far so good", flush=True)
+run(101)
+"""
+    # In another folder, because `python -c` in the checkout would import the build beside the sources.
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "so far so good" in done.stdout, done.stderr
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr

@@ -83,8 +83,9 @@ def test_captured_graph_replays_on_new_values(name: str) -> None:
 
 
 def test_two_captures_in_one_graph_and_a_split_norm(name: str) -> None:
-    params = gpu_parameters()
-    gradclip_ext.clip_grad_norm_(as_of(params), 1.0, backend=name)
+    params, warm = gpu_parameters(), gpu_parameters()
+    norm = gradclip_ext.get_total_norm(grads_of(warm), backend=name)
+    gradclip_ext.clip_grads_with_norm_(warm, 1.0, norm, backend=name)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         first = gradclip_ext.get_total_norm(grads_of(params), backend=name)

@@ -56,7 +56,7 @@ class TritonBackend:
     """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter.
 
     A kernel is compiled when it is first needed, a second or so; Triton needs a C compiler for
-    what launches it. Before a CUDA graph is captured, run the step once.
+    what launches it. Before a CUDA graph is captured, run the same calls once.
 
     Args:
         fallback: what serves instead, after one warning, once Triton has failed to compile a
@@ -212,11 +212,15 @@ class TritonBackend:
             launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants)
 
     def _compile(self, launch: _Launch) -> None:
+        what = f"{launch.kernel.__name__} for {launch.constants}"
         try:
             compiled = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
             compiled._init_handles()  # as Triton's tutorials load what warmup returns
         except Exception as error:
-            what = f"{launch.kernel.__name__} for {launch.constants}"
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(  # no CompileError: nothing is wrong with Triton
+                    f"{what} has to be loaded before a CUDA graph is captured: run the same calls once before"
+                ) from error
             raise CompileError(f"Triton failed to compile {what}: {type(error).__name__}: {error}") from error
 
     def _instead(self, error: CompileError, device: torch.device) -> Backend:

@@ -23,6 +23,8 @@ _INTERPRETED_PROGRAMS = 3
 # Lists that a workspace remembers, at 24 bytes a tensor: a GAN has two, pointers come and go.
 _TABLES = 8
 _SLAB_NUMEL = 1 << 17
+# Captured calls that page-locked memory is kept ready for: a step makes two or three with one list.
+_CAPTURED_CALLS = 8
 
 
 # ---------------------------------------------------------------- tables
@@ -117,8 +119,9 @@ class _Slab:
     def provide(self, numel: int) -> None:
         """Make sure that so many integers can be taken."""
         if self._left.numel() < numel:
-            numel = max(numel, _SLAB_NUMEL)
-            self._left = torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=True)
+            numel = max(2 * numel, _SLAB_NUMEL)
+            with torch.inference_mode(False):  # a capture outside of it will write there
+                self._left = torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def take(self, numel: int) -> Tensor:
         self.provide(numel)
@@ -153,9 +156,11 @@ class Workspace:
         for position, entry in enumerate(self._tables):
             if entry[0] == key:
                 self._tables.insert(0, self._tables.pop(position))
+                self._provide_for_captures(entry[1])
                 return entry[1]
         table = Table(key, tensors)
         table.on_device = self._upload(table.rows)
+        self._provide_for_captures(table)
         self._tables = [(key, table), *self._tables[: _TABLES - 1]]
         return table
 
@@ -163,12 +168,12 @@ class Workspace:
         source = torch.frombuffer(rows, dtype=torch.int64)
         if self.device.type == "cpu":
             return source.clone()
-        if self._captured:
-            pinned = _slab.take(len(rows)).copy_(source)
-        else:
-            _slab.provide(len(rows))
-            pinned = source.pin_memory()
+        pinned = _slab.take(len(rows)).copy_(source) if self._captured else source.pin_memory()
         return pinned.to(self.device, non_blocking=True)
+
+    def _provide_for_captures(self, table: Table) -> None:
+        if self.device.type != "cpu" and not self._captured:
+            _slab.provide(_CAPTURED_CALLS * len(table.rows))
 
     def partials(self, chunks: int) -> Tensor:
         """Return room for the partials of a norm, which the next norm on the stream overwrites."""
