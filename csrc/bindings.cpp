@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <limits>
-#include <string>
 
 #include "bindings_cuda.h"
 #include "cpu/verbs.h"
@@ -56,8 +55,8 @@ double clip_coef(double total_norm, bool float64, double max_norm) {
 
 /// The same where the norm lives: on a GPU nothing waits for it.
 at::Tensor clip_coef(const at::Tensor& total_norm, double max_norm) {
-  const bool float64 = total_norm.scalar_type() == at::kDouble;
   if (total_norm.is_cuda()) return on_cuda::clip_coef(total_norm, max_norm);
+  const bool float64 = total_norm.scalar_type() == at::kDouble;
   return scalar_tensor(clip_coef(total_norm.item<double>(), float64, max_norm), true);
 }
 
@@ -79,6 +78,11 @@ bool is_representable(const Gradients& gradients, double bound) {
 
 // ---------------------------------------------------------------- verbs, by device
 
+/// Multiplies on the CPU; writes nothing if the coefficient is 1 or more.
+void scale(const GradList& list, double coef) {
+  if (!(coef >= 1)) cpu::scale(list, coef, torch_threads());
+}
+
 /// Returns the norm and whether the gradients were left alone because it is not finite.
 std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_type,
                                        double max_norm, bool error_if_nonfinite) {
@@ -91,8 +95,7 @@ std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_t
   const double norm = cpu::norm(list, norm_type, torch_threads());
   const bool refused =
       error_if_nonfinite && !std::isfinite(float64 ? norm : static_cast<float>(norm));
-  const double coef = clip_coef(norm, float64, max_norm);
-  if (!refused && !(coef >= 1)) cpu::scale(list, coef, torch_threads());
+  if (!refused) scale(list, clip_coef(norm, float64, max_norm));
   return {scalar_tensor(norm, float64), refused};
 }
 
@@ -107,8 +110,7 @@ void scale(const Gradients& gradients, const at::Tensor& clip_coef) {
   if (gradients.device.is_cuda()) {
     return on_cuda::scale_(gradients.list, gradients.device, clip_coef);
   }
-  const double coef = clip_coef.item<double>();
-  if (!(coef >= 1)) cpu::scale(gradients.list, coef, torch_threads());
+  scale(gradients.list, clip_coef.item<double>());
 }
 
 void clamp(const Gradients& gradients, double min, double max) {
@@ -199,7 +201,7 @@ class Kernels {
   /// indices of the others.
   py::tuple norm(const py::list& tensors, double norm_type) const {
     auto [taken, left] = take_some(tensors, Access::kRead);
-    if (!is_served(taken)) return py::make_tuple(py::none(), all_of(tensors));
+    if (!is_served(taken)) return py::make_tuple(py::none(), all_indices(tensors));
     at::Tensor norm;
     {
       const ReleaseGil release(taken);
@@ -233,16 +235,10 @@ class Kernels {
     return taken && is_served(*taken) ? std::move(taken) : std::nullopt;
   }
 
-  static std::vector<int64_t> all_of(const py::list& tensors) {
-    std::vector<int64_t> indices(tensors.size());
-    std::iota(indices.begin(), indices.end(), 0);
-    return indices;
-  }
-
   template <typename Verb>
   std::vector<int64_t> update(const py::list& tensors, const Verb& verb) const {
     auto [taken, left] = take_some(tensors, Access::kWrite);
-    if (!is_served(taken)) return all_of(tensors);
+    if (!is_served(taken)) return all_indices(tensors);
     {
       const ReleaseGil release(taken);
       verb(taken);

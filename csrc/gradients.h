@@ -189,6 +189,12 @@ inline std::optional<Gradients> take_all(const py::list& listed, Source source, 
   return taken;
 }
 
+inline std::vector<int64_t> all_indices(const py::list& listed) {
+  std::vector<int64_t> indices(listed.size());
+  std::iota(indices.begin(), indices.end(), 0);
+  return indices;
+}
+
 /// The tensors of a list that the kernels take, and the indices of the others.
 inline std::pair<Gradients, std::vector<int64_t>> take_some(const py::list& tensors,
                                                             Access access) {
@@ -203,9 +209,7 @@ inline std::pair<Gradients, std::vector<int64_t>> take_some(const py::list& tens
   // Where tensors share memory the order of writing counts.
   const bool shared = access == Access::kWrite && aliasing(taken.list) != Aliasing::kNone;
   if (ordinary && !shared) return {std::move(taken), std::move(left)};
-  left.resize(tensors.size());
-  std::iota(left.begin(), left.end(), 0);
-  return {Gradients(), std::move(left)};
+  return {Gradients(), all_indices(tensors)};
 }
 
 /// Lets other Python threads run: on the CPU while a list takes a while, on a GPU because a launch

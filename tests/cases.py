@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -81,6 +82,17 @@ def layout_cases(**options: Any) -> Iterator[tuple[str, str, list[Tensor]]]:
 def parameters(*shapes: tuple[int, ...], **options: Any) -> list[torch.nn.Parameter]:
     """Return one parameter with a random gradient for every shape."""
     return [parameter(random(*shape, **options)) for shape in shapes]
+
+
+@contextlib.contextmanager
+def gpu_waits_are_errors() -> Iterator[None]:
+    """Let torch raise wherever the host would wait for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def grads_of(params: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The compiled core by itself: index arithmetic, threads, what is handed back, builds that do not fit."""
+"""The compiled core by itself: index arithmetic, threads, what is handed back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import REAL_DTYPES, SEED, name_of
 from torch import Tensor
 
 import gradclip_ext
@@ -23,13 +24,6 @@ if _core.C is None:
 
 core = _core.C.cpu
 testing = _core.C._testing
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-SEED = int(os.environ.get("GRADCLIP_EXT_TEST_SEED", random.randrange(2**31)))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def with_grads(*grads: Tensor) -> list[torch.nn.Parameter]:
@@ -60,7 +54,7 @@ def naive_chunks(numels: list[int], sizes: list[int], chunk_bytes: int) -> Itera
 def test_chunks() -> None:
     rng = random.Random(SEED)
     for _ in range(300):
-        dtypes = [rng.choice(DTYPES) for _ in range(rng.randrange(9))]
+        dtypes = [rng.choice(REAL_DTYPES) for _ in range(rng.randrange(9))]
         chunk_bytes = 8 * 2 ** rng.randrange(5)
         numels = [max(0, chunk_bytes // d.itemsize * rng.randrange(4) + rng.randrange(-1, 2)) for d in dtypes]
         found = testing.chunks(numels, [name_of(d) for d in dtypes], chunk_bytes)
@@ -116,7 +110,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 def test_the_bits_depend_on_nothing_but_the_values(norm_type: float, threads: Callable[[int], None]) -> None:
     shapes = [(300, 1000), (7,), (0,), (123457,), (), (1 << 20,)]
-    tensors = [torch.randn(shape).to(DTYPES[i % 4]) for i, shape in enumerate(shapes * 4)]
+    tensors = [torch.randn(shape).to(REAL_DTYPES[i % 4]) for i, shape in enumerate(shapes * 4)]
     moved = [torch.cat([t.new_zeros(3), t.reshape(-1)])[3:] for t in tensors]
     found = set()
     for count in (1, 2, 3, 8):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import name_of
+from cases import over_real_dtypes as over_dtypes
 from torch import Tensor
 
 from gradclip_ext import _core
@@ -20,14 +22,6 @@ if _core.C is None:
 
 testing = _core.C._testing
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 over_instruction_sets = pytest.mark.parametrize("isa", testing.instruction_sets())
 
 

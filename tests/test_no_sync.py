@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import oracle
 import pytest
 import torch
-from cases import NORM_TYPES, Target, clones, grads_of
+from cases import NORM_TYPES, Target, clones, gpu_waits_are_errors, grads_of
 from oracle import parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,12 +34,8 @@ def no_sync(backend: Target) -> Iterator[None]:
         with NoReads():
             yield
         return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with gpu_waits_are_errors():
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def mixed(backend: Target) -> list[torch.Tensor]:
