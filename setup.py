@@ -157,7 +157,10 @@ def extension(mode):
             (folder / "_build_info.py").write_text("".join(lines))
 
     make = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
-    flags = {"cxx": ["-O3", "-std=c++17", "-fopenmp"], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}
+    flags = {
+        "cxx": ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden"],
+        "nvcc": ["-O3", "-std=c++17", "-lineinfo"],
+    }
     module = make(
         name="gradclip_ext._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in sources),

@@ -73,10 +73,23 @@ using TensorPtr = c10::intrusive_ptr<c10::TensorImpl>;
 constexpr Py_ssize_t kBlock = 64;
 using Block = std::array<c10::TensorImpl*, kBlock>;
 
-/// The ends of a tensor: storage and version at one, dtype, size and keys at the other.
-inline void prefetch_ends(const c10::TensorImpl* tensor) {
-  __builtin_prefetch(tensor);
-  __builtin_prefetch(reinterpret_cast<const char*>(tensor + 1) - 1);
+// Objects start at any multiple of 16 bytes: what is read together may lie in two cache lines, and
+// touching an object's first byte would fetch the wrong one.
+
+/// Storage, history and version at one end of a tensor; dtype, size and keys at the other.
+inline void prefetch(const c10::TensorImpl* tensor) {
+  const char* end = reinterpret_cast<const char*>(tensor + 1);
+  __builtin_prefetch(&tensor->unsafe_storage());
+  __builtin_prefetch(&tensor->version_counter());
+  __builtin_prefetch(end - 32);
+  __builtin_prefetch(end - 1);
+}
+
+/// The data pointer and the flags behind it.
+inline void prefetch(const c10::StorageImpl* storage) {
+  const char* begin = reinterpret_cast<const char*>(storage);
+  __builtin_prefetch(begin + 16);
+  __builtin_prefetch(begin + 63);
 }
 
 /// Replaces parameters by the gradients of those that have one and returns their number; nothing if
@@ -92,7 +105,7 @@ inline std::optional<Py_ssize_t> to_gradients(Block& block, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (metas[i] != nullptr && metas[i]->grad_.defined()) {
       block[gradients] = metas[i]->grad_.unsafeGetTensorImpl();
-      prefetch_ends(block[gradients++]);
+      prefetch(block[gradients++]);
     } else if (!at::Tensor(TensorPtr::reclaim_copy(block[i])).is_leaf()) {
       return std::nullopt;
     }
@@ -114,7 +127,11 @@ bool for_each_tensor(const py::list& listed, Source source, const Use& use) {
       PyObject* object = PyList_GET_ITEM(listed.ptr(), first + i);
       if (!THPVariable_CheckExact(object)) return false;
       block[i] = THPVariable_Unpack(object).unsafeGetTensorImpl();
-      source == Source::kTensors ? prefetch_ends(block[i]) : __builtin_prefetch(block[i]);
+      if (source == Source::kTensors) {
+        prefetch(block[i]);
+      } else {
+        __builtin_prefetch(&block[i]->unsafe_storage());  // its history lies beside it
+      }
     }
     if (source == Source::kParameters) {
       const auto gradients = to_gradients(block, count);
@@ -122,7 +139,7 @@ bool for_each_tensor(const py::list& listed, Source source, const Use& use) {
       count = *gradients;
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
-      __builtin_prefetch(block[i]->unsafe_storage().unsafeGetStorageImpl());
+      prefetch(block[i]->unsafe_storage().unsafeGetStorageImpl());
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
       if (!use(block[i])) return false;
