@@ -9,7 +9,9 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <string>
 
 #include "bindings_cuda.h"
 #include "cpu/verbs.h"
@@ -222,16 +224,19 @@ class Kernels {
   }
 
  private:
-  /// Tells whether these kernels run on the device that the gradients are on. No gradient at all is
-  /// the CPU's; on a GPU, the kernels want one that is not empty.
+  bool is_served(c10::Device device) const {
+    if (device.is_cpu()) return serves_ != Serves::kCuda;
+    return device.is_cuda() && serves_ != Serves::kCpu && !on_cuda::obstacle(device.index());
+  }
+
+  /// No gradient at all is the CPU's; on a GPU, the kernels want one that is not empty.
   bool is_served(const Gradients& gradients) const {
-    if (gradients.device.is_cpu()) return serves_ != Serves::kCuda;
-    return gradients.device.is_cuda() && serves_ != Serves::kCpu && gradients.list.size() != 0 &&
-           !on_cuda::obstacle(gradients.device.index());
+    return is_served(gradients.device) && (gradients.device.is_cpu() || gradients.list.size() != 0);
   }
 
   std::optional<Gradients> take(const py::list& listed, Source source, Access access) const {
-    auto taken = take_all(listed, source, access);
+    const auto serves = [this](c10::Device device) { return is_served(device); };
+    auto taken = take_all(listed, source, access, serves);
     return taken && is_served(*taken) ? std::move(taken) : std::nullopt;
   }
 
@@ -250,11 +255,58 @@ class Kernels {
   Serves serves_;
 };
 
+/// A list for kernels that are not in this module, on any device: what Python would have to ask
+/// every tensor for.
+class Gathered {
+ public:
+  explicit Gathered(Gradients gradients) : gradients_(std::move(gradients)) { gradients_.hold(); }
+
+  /// Three columns, of the tensors that are not empty: addresses and numbers of elements as int64,
+  /// DTypes as bytes.
+  py::bytes columns() const {
+    const GradList& list = gradients_.list;
+    const size_t count = static_cast<size_t>(list.size());
+    std::string packed(17 * count, '\0');
+    for (size_t i = 0; i < count; ++i) {
+      const Grad& grad = list[static_cast<int64_t>(i)];
+      std::memcpy(&packed[8 * i], &grad.data, 8);
+      std::memcpy(&packed[8 * (count + i)], &grad.numel, 8);
+      packed[16 * count + i] = static_cast<char>(grad.dtype);
+    }
+    return packed;
+  }
+
+  c10::Device device() const { return gradients_.device; }
+  /// The DTypes of the list, of the empty tensors, too.
+  std::vector<int> dtypes() const {
+    std::vector<int> found;
+    for (int dtype = 0; dtype < kDTypes; ++dtype) {
+      if (gradients_.holds(static_cast<DType>(dtype))) found.push_back(dtype);
+    }
+    return found;
+  }
+  void bump_versions() const { gradients_.bump_versions(); }
+
+ private:
+  Gradients gradients_;
+};
+
+/// Returns the gradients of parameters or the tensors themselves, or None if the list holds
+/// anything that compiled kernels would not take, or no element at all.
+std::optional<Gathered> gather(const py::list& listed, bool parameters, bool write) {
+  auto gradients =
+      take_all(listed, parameters ? Source::kParameters : Source::kTensors,
+               write ? Access::kWrite : Access::kRead, [](c10::Device) { return true; });
+  if (!gradients || gradients->list.size() == 0) return std::nullopt;
+  return Gathered(std::move(*gradients));
+}
+
 }  // namespace
 }  // namespace gradclip::bindings
 
 PYBIND11_MODULE(_C, m) {
   namespace bindings = gradclip::bindings;
+  using bindings::Gathered;
   using bindings::Kernels;
   m.doc() = "Compiled kernels. Call gradclip_ext's functions instead: these check no arguments.";
   m.attr("CPU_CAPABILITY") = gradclip::cpu::chunk_kernels().isa;
@@ -267,6 +319,12 @@ PYBIND11_MODULE(_C, m) {
       .def("norm", &Kernels::norm)
       .def("scale_", &Kernels::scale_)
       .def("clamp_", &Kernels::clamp_);
+  py::class_<Gathered>(m, "Gathered")
+      .def("columns", &Gathered::columns)
+      .def_property_readonly("device", &Gathered::device)
+      .def("dtypes", &Gathered::dtypes)
+      .def("bump_versions", &Gathered::bump_versions);
+  m.def("gather", &bindings::gather);
   m.attr("any_device") = Kernels(bindings::Serves::kAny);
   m.attr("cpu") = Kernels(bindings::Serves::kCpu);
   m.attr("cuda") = Kernels(bindings::Serves::kCuda);

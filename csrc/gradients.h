@@ -148,8 +148,8 @@ bool for_each_tensor(const py::list& listed, Source source, const Use& use) {
   return true;
 }
 
-/// The gradients of one call, all of one device. Their parameters own them, which is enough while
-/// the GIL is held.
+/// The gradients of one call, all of one device. Their parameters own them, which is enough as long
+/// as no other Python code can run.
 class Gradients {
  public:
   explicit Gradients(size_t count = 0) {
@@ -176,6 +176,13 @@ class Gradients {
     return true;
   }
 
+  /// References the tensors, before other Python code runs that may drop them. Two atomic
+  /// operations each in all, as long as a small tensor takes on the CPU.
+  void hold() {
+    held_.reserve(tensors.size());
+    for (c10::TensorImpl* tensor : tensors) held_.push_back(TensorPtr::reclaim_copy(tensor));
+  }
+
   /// As torch's in-place operations do: a backward that saved a gradient relies on it.
   void bump_versions() const {
     // An atomic addition waits for its cache miss and holds up the next: reading first overlaps
@@ -189,18 +196,24 @@ class Gradients {
 
   GradList list{cpu::kChunkBytes};  // without the empty ones: kernels for GPUs do not take them
   std::vector<c10::TensorImpl*> tensors;
-  std::vector<TensorPtr> held;  // for the time that the GIL is released
   c10::Device device{c10::kCPU};
 
  private:
+  std::vector<TensorPtr> held_;
   unsigned dtypes_ = 0;  // bit d: DType d
 };
 
-/// All gradients of a list, or nothing if the kernels do not take one of them or if two share
-/// memory: gradients listed twice count once, which the general path sees to.
-inline std::optional<Gradients> take_all(const py::list& listed, Source source, Access access) {
+/// All gradients of a list, or nothing if the kernels do not take one of them, if the first one's
+/// device is not served, or if two share memory: gradients listed twice count once, which the
+/// general path sees to.
+template <typename Serves>
+std::optional<Gradients> take_all(const py::list& listed, Source source, Access access,
+                                  const Serves& serves) {
   std::optional<Gradients> taken(std::in_place, listed.size());
-  const auto add = [&](c10::TensorImpl* tensor) { return taken->add(tensor, access); };
+  const auto add = [&](c10::TensorImpl* tensor) {
+    if (taken->tensors.empty() && !serves(tensor->device())) return false;
+    return taken->add(tensor, access);
+  };
   if (!for_each_tensor(listed, source, add)) return std::nullopt;
   if (aliasing(taken->list) != Aliasing::kNone) return std::nullopt;
   return taken;
@@ -230,16 +243,12 @@ inline std::pair<Gradients, std::vector<int64_t>> take_some(const py::list& tens
 }
 
 /// Lets other Python threads run: on the CPU while a list takes a while, on a GPU because a launch
-/// waits where a thousand others are queued. They may drop their gradients, so from here on these
-/// are referenced; two atomic operations each, as long as a small tensor takes on the CPU.
+/// waits where a thousand others are queued.
 class ReleaseGil {
  public:
   explicit ReleaseGil(Gradients& gradients) {
     if (gradients.device.is_cpu() && gradients.list.bytes() <= cpu::kSerialBytes) return;
-    gradients.held.reserve(gradients.tensors.size());
-    for (c10::TensorImpl* tensor : gradients.tensors) {
-      gradients.held.push_back(TensorPtr::reclaim_copy(tensor));
-    }
+    gradients.hold();
     released_.emplace();
   }
 

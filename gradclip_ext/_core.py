@@ -15,30 +15,48 @@ import torch
 from torch import Tensor
 
 
-class Kernels(Protocol):
-    """What csrc/bindings.cpp defines for a device. No argument is checked there, but every gradient is.
+class FusedCalls(Protocol):
+    """Whole calls: each is served or, returning None or False, left as it was.
 
-    The first four take a whole call or, returning None or False, leave it as it was. The last
-    three do their work on what they take and return the indices of the tensors they left.
+    Arguments are the public functions', checked but for the gradients.
     """
 
     def clip_grad_norm_(
         self, parameters: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, /
-    ) -> tuple[Tensor, bool] | None: ...
+    ) -> tuple[Tensor, bool] | None:
+        """Return the norm and whether it was refused for not being finite, nothing having changed."""
 
     def get_total_norm(self, tensors: list[Tensor], norm_type: float, /) -> Tensor | None: ...
 
-    def clip_grads_with_norm_(
-        self, parameters: list[Tensor], max_norm: float, total_norm: Tensor, /
-    ) -> bool: ...
+    def clip_grads_with_norm_(self, parameters: list[Tensor], max_norm: float, norm: Tensor, /) -> bool: ...
 
     def clamp_grad_(self, parameters: list[Tensor], min: float, max: float, /) -> bool: ...
+
+
+class Kernels(FusedCalls, Protocol):
+    """What csrc/bindings.cpp defines for a device.
+
+    Besides whole calls: verbs, which do their work on what they take and return the indices of the
+    tensors they left.
+    """
 
     def norm(self, tensors: list[Tensor], norm_type: float, /) -> tuple[Tensor | None, list[int]]: ...
 
     def scale_(self, tensors: list[Tensor], coef: Tensor, /) -> list[int]: ...
 
     def clamp_(self, tensors: list[Tensor], min: float, max: float, /) -> list[int]: ...
+
+
+class Gathered(Protocol):
+    """What csrc/bindings.cpp has read of a list for kernels that are not its own."""
+
+    device: torch.device
+
+    def columns(self) -> bytes: ...
+
+    def dtypes(self) -> list[int]: ...
+
+    def bump_versions(self) -> None: ...
 
 
 class Core(Protocol):
@@ -49,6 +67,8 @@ class Core(Protocol):
     cuda: Kernels
     CPU_CAPABILITY: str
     _testing: Any
+
+    def gather(self, listed: list[Tensor], parameters: bool, write: bool, /) -> Gathered | None: ...
 
     def cuda_obstacle(self, device_index: int, /) -> tuple[str, bool] | None: ...
 

@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm as _torch_get_total_norm
 
 from gradclip_ext import backends, checks
 from gradclip_ext.backends import Backend
+from gradclip_ext.backends.foreach import clip_coef
 
 Tensors = Tensor | Iterable[Tensor]
 Serving = dict[torch.device, Backend]
@@ -91,9 +92,8 @@ def clip_grad_norm_(
     listed = checks.as_list("parameters", parameters)
     max_norm = checks.as_threshold("max_norm", max_norm)
     norm_type = checks.as_float("norm_type", norm_type)
-    core = backends.fused(backend, foreach)
-    if core is not None:
-        served = core.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
+    for fused in backends.fused(backend, foreach):
+        served = fused.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
         if served is not None:
             norm, refused = served
             if refused:
@@ -140,9 +140,8 @@ def get_total_norm(
     """
     listed = checks.as_list("tensors", tensors)
     norm_type = checks.as_float("norm_type", norm_type)
-    core = backends.fused(backend, foreach)
-    if core is not None:
-        norm = core.get_total_norm(listed, norm_type)
+    for fused in backends.fused(backend, foreach):
+        norm = fused.get_total_norm(listed, norm_type)
         if norm is not None:
             if error_if_nonfinite:
                 _raise_if_nonfinite(norm, norm_type, listed)
@@ -199,9 +198,9 @@ def clip_grads_with_norm_(
     listed = checks.as_list("parameters", parameters)
     max_norm = checks.as_threshold("max_norm", max_norm)
     checks.total_norm(total_norm)
-    core = backends.fused(backend, foreach)
-    if core is not None and core.clip_grads_with_norm_(listed, max_norm, total_norm):
-        return
+    for fused in backends.fused(backend, foreach):
+        if fused.clip_grads_with_norm_(listed, max_norm, total_norm):
+            return
     with torch.no_grad():
         grads = checks.gradients(listed)
         serving = backends.choose(backend, foreach, _devices(grads))
@@ -213,8 +212,6 @@ def clip_grads_with_norm_(
         checks.readable(grads)
         checks.writable(grads)
         (norm,) = checks.as_plain([total_norm])
-        if norm.dtype.itemsize < 4:
-            norm = norm.float()
         _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
 
 
@@ -254,9 +251,9 @@ def clip_grad_value_(
     """
     listed = checks.as_list("parameters", parameters)
     clip_value = checks.as_threshold("clip_value", clip_value)
-    core = backends.fused(backend, foreach)
-    if core is not None and core.clamp_grad_(listed, -clip_value, clip_value):
-        return
+    for fused in backends.fused(backend, foreach):
+        if fused.clamp_grad_(listed, -clip_value, clip_value):
+            return
     with torch.no_grad():
         grads = checks.gradients(listed)
         serving = backends.choose(backend, foreach, _devices(grads))
@@ -301,9 +298,9 @@ def clamp_grad_(
     """
     listed = checks.as_list("parameters", parameters)
     low, high = checks.as_bounds(min, max)
-    core = backends.fused(backend, None)
-    if core is not None and core.clamp_grad_(listed, low, high):
-        return
+    for fused in backends.fused(backend, None):
+        if fused.clamp_grad_(listed, low, high):
+            return
     with torch.no_grad():
         grads = checks.gradients(listed)
         serving = backends.choose(backend, None, _devices(grads))
@@ -320,7 +317,7 @@ def _clip_norm_(
     """Return the norm if one backend serves all and could do everything at once; None if nothing is done."""
     (backend, *others) = serving.values()
     clip_norm_ = getattr(backend, "clip_norm_", None)
-    if others or clip_norm_ is None or math.isinf(max_norm):
+    if others or clip_norm_ is None:
         return None
     norm: Tensor | None = clip_norm_(grads, max_norm, norm_type)
     return norm
@@ -354,13 +351,12 @@ def _scale_(serving: Serving, grads: Sequence[Tensor], max_norm: float, norm: Te
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(grads)
         return
-    # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
-    clip_coef = torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
+    coef = clip_coef(norm, max_norm)
     for device, group in _by_device(serving, grads).items():
         # From the CPU, a copy would wait for the device; a number that the host knows is filled in.
-        moved = clip_coef.is_cpu and device.type != "cpu" and not torch.compiler.is_compiling()
-        coef = clip_coef.new_full((), clip_coef.item(), device=device) if moved else clip_coef.to(device)
-        serving[device].scale_(group, coef)
+        moves = coef.is_cpu and device.type != "cpu" and not torch.compiler.is_compiling()
+        there = coef.new_full((), coef.item(), device=device) if moves else coef.to(device)
+        serving[device].scale_(group, there)
 
 
 def _clamp_(serving: Serving, grads: list[Tensor], low: float, high: float) -> None:

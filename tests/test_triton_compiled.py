@@ -101,3 +101,15 @@ def test_loads_of_a_tile_are_in_flight_together(compiled: dict[str, Any]) -> Non
 def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str, Any]) -> None:
     assert set(compiled["binaries"].values()) == {1}, compiled["binaries"]
     assert compiled["orders"] == compiled["bounds"] == 1
+
+
+def test_launches_are_triton_s_own_and_take_a_fraction_of_the_time(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A launcher reads as many arguments as its kernel has, whatever it is given."""
+    folder = tmp_path_factory.mktemp("triton_cache")
+    found = json.loads(run_with_triton(TESTS / "triton_launched.py", folder, timeout=300))
+    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+    assert found["same"] == dict.fromkeys(names, True)
+    if found["compiled_module"]:
+        assert found["host_us"]["whole"] < found["host_us"]["general"] / 4, found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import backends, reference
-from gradclip_ext.backends import triton_workspace
+from gradclip_ext.backends import triton_table, triton_workspace
 
 backend = backends.ALL["triton"]
 UNUSABLE = backend.unusable(torch.device("cpu"))
@@ -31,7 +31,7 @@ over_orders = pytest.mark.parametrize("p", ORDERS)
 
 
 def chunk_numel(dtype: torch.dtype) -> int:
-    return triton_workspace.CHUNK_BYTES // dtype.itemsize
+    return triton_table.CHUNK_BYTES // dtype.itemsize
 
 
 def at_offset(values: Tensor, offset: int) -> Tensor:
@@ -239,14 +239,14 @@ def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(numel, dtype=torch.float16)
     x[-40:] = values = torch.randn(40).half()
 
-    def table(key: triton_workspace._Key, tensors: list[Tensor]) -> triton_workspace.Table:
-        made = genuine(key, tensors)
+    def table(listing: triton_table.Listing) -> triton_table.Table:
+        made = genuine(listing)
         assert made.rows.tolist() == [x.data_ptr(), numel, 0, 0, 0, last + 1]
         made.rows = array("q", [0, 0, last, x.data_ptr(), numel, 0, 0, 0, last + 1])
-        made.groups = [triton_workspace.Group(torch.float16, 0, 2, 1)]
+        made.groups = [triton_table.Group(torch.float16, 0, 2, 1)]
         return made
 
-    genuine = triton_workspace.Table
+    genuine = triton_table.Table
     monkeypatch.setattr(triton_workspace, "Table", table)
     monkeypatch.setattr(triton_workspace, "_workspaces", {})
     backend.scale_([x], torch.tensor(0.5))

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,15 +52,17 @@ class Recorder(TritonBackend):
         self._kernels = triton_kernels
         self.compiled: dict[str, Any] = {}
 
-    def _enqueue(self, launches: list[_Launch], device: torch.device) -> None:
-        for launch in launches:
-            given = {**launch.constants, "grid": (1,)}
-            self.compiled[launch.kernel.__name__] = launch.kernel.warmup(*launch.arguments, **given)
+    def _start_of(self, launch: _Launch, given: tuple[Any, ...]) -> Callable[..., None]:
+        named = {**launch.constants, **launch.options, "grid": (1,)}
+        binary = launch.kernel.warmup(*given, *launch.arguments, **named)
+        self.compiled[launch.kernel.__name__] = binary
+        return lambda *given: None
 
 
 def verbs(grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: float = 0.5) -> dict[str, Any]:
     """Return the binaries that all verbs together use for a list."""
     backend = Recorder()
+    triton_workspace._workspaces.clear()
     with triton_workspace.workspace_of(grads[0].device) as workspace:
         workspace.warp_size = TARGET.warp_size
     backend.norm(grads, p)

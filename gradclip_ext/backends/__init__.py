@@ -17,6 +17,7 @@ from gradclip_ext import _core
 from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 from gradclip_ext.backends.triton import TritonBackend
+from gradclip_ext.backends.triton_fused import FusedTriton
 
 
 class Backend(Protocol):
@@ -44,31 +45,53 @@ class Backend(Protocol):
 
 
 # In order of preference: without a name, a device is served by the first one that is usable for it.
+_TRITON = TritonBackend()
 ALL: dict[str, Backend] = {
     "cuda": CudaBackend(),
-    "triton": TritonBackend(),
+    "triton": _TRITON,
     "cpu": CpuBackend(),
     "foreach": ForeachBackend(),
 }
 # For callers who name none: a backend that fails after all gives way instead of raising.
-_AUTOMATIC: dict[str, Backend] = {**ALL, "triton": TritonBackend(fallback=ALL["foreach"])}
+_AUTOMATIC_TRITON = TritonBackend(fallback=ALL["foreach"])
+_AUTOMATIC: dict[str, Backend] = {**ALL, "triton": _AUTOMATIC_TRITON}
 _LOOP = ForeachBackend(batched=False)
 
 ENVIRONMENT_VARIABLE = "GRADCLIP_EXT_BACKEND"
 
 
-def fused(name: str | None, foreach: bool | None) -> _core.Kernels | None:
-    """Return the compiled kernels if a call with these arguments may be handed to them whole.
+def _first_usable(device: torch.device) -> Backend:
+    return next(backend for backend in _AUTOMATIC.values() if backend.unusable(device) is None)
+
+
+def _fused() -> dict[str | None, tuple[_core.FusedCalls, ...]]:
+    """Return who may take whole calls, by the name that was asked for."""
+    if _core.C is None:
+        return {}
+    triton = FusedTriton(_TRITON, lambda device: _TRITON.unusable(device) is None)
+    automatic = FusedTriton(_AUTOMATIC_TRITON, lambda device: _first_usable(device) is _AUTOMATIC_TRITON)
+    on_gpu = (automatic,) if torch.backends.cuda.is_built() else ()
+    return {
+        None: (_core.C.any_device, *on_gpu),
+        "cuda": (_core.C.cuda,),
+        "triton": (triton,),
+        "cpu": (_core.C.cpu,),
+    }
+
+
+_FUSED = _fused()
+
+
+def fused(name: str | None, foreach: bool | None) -> tuple[_core.FusedCalls, ...]:
+    """Return who may be handed a call with these arguments whole, in turn.
 
     They check every gradient themselves and either serve the call or leave everything as it was;
-    then, and where this returns None, the general path goes by :func:`choose`.
+    then the next one may try, and at last the general path goes by :func:`choose`.
     """
-    if _core.C is None or foreach is False or torch.compiler.is_compiling():
-        return None
+    if foreach is False or torch.compiler.is_compiling():
+        return ()
     asked = os.environ.get(ENVIRONMENT_VARIABLE) or None if name is None else name
-    if asked is None:
-        return _core.C.any_device
-    return _core.C.cpu if asked == "cpu" else _core.C.cuda if asked == "cuda" else None
+    return _FUSED.get(asked, ())
 
 
 def choose(
@@ -109,7 +132,7 @@ def choose(
         elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
             serving[device] = ALL["foreach"]
         elif asked is None:
-            serving[device] = next(b for b in _AUTOMATIC.values() if b.unusable(device) is None)
+            serving[device] = _first_usable(device)
         else:
             serving[device] = ALL[asked]
             reason = ALL[asked].unusable(device)

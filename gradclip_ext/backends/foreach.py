@@ -38,6 +38,13 @@ def has_foreach_kernels(device_type: str) -> bool:
     return _device_has_foreach_support(torch.device(device_type))
 
 
+def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
+    """Return min(1, max_norm / (total_norm + 1e-6)) where the norm lives, in float32 or wider."""
+    norm = total_norm.float() if total_norm.dtype.itemsize < 4 else total_norm
+    # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
+    return torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
+
+
 class ForeachBackend:
     """torch operations on any device.
 

@@ -11,6 +11,9 @@ A partial is two float64 a chunk, ``most`` and ``total``: the chunk's sum of |x|
 
 ``ORDER`` is p where p = 1, 2 or inf, and 0 for every other p, which comes at run time. Numbers
 come as the bits of a float64 in an integer, because Triton passes a Python float as float32.
+
+Arguments that change from call to call come first, and nothing is compiled in about their values:
+one binary, found once, serves all calls on a table.
 """
 
 # mypy: ignore-errors
@@ -204,8 +207,8 @@ def norm_kernel(
     p_bits: tl.int64,
     first,
     last,
-    ORDER: tl.constexpr,
     DTYPE: tl.constexpr,
+    ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -239,13 +242,13 @@ def _coefficient(norm, max_norm):
     return reciprocal * max_norm.to(FLOAT)
 
 
-@triton.jit(do_not_specialize=["p_bits", "max_norm_bits", "chunks"])
+@triton.jit(do_not_specialize=["norm_ptr", "clip_coef_ptr", "max_norm_bits", "p_bits", "chunks"])
 def finish_kernel(
-    partials_ptr,
     norm_ptr,
     clip_coef_ptr,
-    p_bits: tl.int64,
     max_norm_bits: tl.int64,
+    partials_ptr,
+    p_bits: tl.int64,
     chunks,
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -311,10 +314,10 @@ def _product(x, clip_coef):
     return (x.to(FLOAT) * clip_coef.to(FLOAT)).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(do_not_specialize=["clip_coef_ptr", "first", "last"])
 def scale_kernel(
-    table_ptr,
     clip_coef_ptr,
+    table_ptr,
     first,
     last,
     DTYPE: tl.constexpr,
@@ -358,9 +361,9 @@ def _clamped(x, low, high):
 
 @triton.jit(do_not_specialize=["min_bits", "max_bits", "first", "last"])
 def clamp_kernel(
-    table_ptr,
     min_bits: tl.int64,
     max_bits: tl.int64,
+    table_ptr,
     first,
     last,
     DTYPE: tl.constexpr,

@@ -1,0 +1,123 @@
+"""Run by test_triton_compiled.py in a process of its own: launch down to a driver that only takes notes.
+
+    python triton_launched.py FOLDER
+
+FOLDER holds Triton's cache. Prints one JSON object: for every kernel whether its launcher was given what
+Triton's own way of launching gives it; and the host time of calls on 300 tensors, all but the driver's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import timeit
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import gradclip_ext
+from gradclip_ext import _core, backends
+from gradclip_ext.backends import triton_kernels
+from gradclip_ext.backends.triton import _LAUNCHER_TAKES_CONSTANTS, TritonBackend, _Launch
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+launched: list[tuple[Any, ...]] = []
+
+
+class Launcher:
+    """What Triton builds to call the driver: keeps what it is given after grid, stream and metadata."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *given: Any) -> None:
+        launched.append((given[:3], given[9:]))
+
+
+driver.set_active(
+    SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=Launcher,
+        utils=SimpleNamespace(
+            load_binary=lambda *args: (1, 1, 1, 0, 1024)[: 5 if VERSION >= (3, 4) else 4],
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 18},
+        ),
+    )
+)
+
+
+def set_up(backend: TritonBackend) -> TritonBackend:
+    """Let the backend serve CPU tensors, whose addresses nobody will read."""
+    backend._kernels = triton_kernels
+    backend._reasons[torch.device("cpu")] = None
+    backend._launcher_takes_constants = VERSION >= _LAUNCHER_TAKES_CONSTANTS
+    return backend
+
+
+class Comparing(TritonBackend):
+    """Launches everything in Triton's own way, too."""
+
+    same: dict[str, bool]
+
+    def _start_of(self, launch: _Launch, given: tuple[Any, ...]) -> Any:
+        start = super()._start_of(launch, given)
+
+        def both(*given: Any) -> None:
+            start(*given)
+            named = {**launch.constants, **launch.options}
+            launch.kernel[(launch.programs,)](*given, *launch.arguments, **named)
+            ours, theirs = launched[-2:]
+            equal = ours[0] == theirs[0] and len(ours[1]) == len(theirs[1])
+            equal &= all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(ours[1], theirs[1]))
+            name = launch.kernel.__name__
+            self.same[name] = self.same.get(name, True) and equal
+
+        return both
+
+
+def launches_like_triton() -> dict[str, bool]:
+    backend = set_up(Comparing())
+    assert isinstance(backend, Comparing)
+    backend.same = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        grads = [torch.ones(40, dtype=dtype), torch.ones(3, dtype=torch.float32)]
+        for p in (2.0, 3.0):
+            backend.norm(grads, p)
+            backend.clip_norm_(grads, 1.0, p)
+        backend.scale_(grads, torch.ones(2)[1])  # a coefficient that 16 does not divide the address of
+        backend.clamp_(grads, -1.0, 1.0)
+    return backend.same
+
+
+def host_us() -> dict[str, float]:
+    """Return the time of clip_grad_norm_, by whole calls and by the general path."""
+    parameters = [torch.nn.Parameter(torch.zeros(100, 3)) for _ in range(300)]
+    for p in parameters:
+        p.grad = torch.randn(100, 3)
+    set_up(backends._TRITON)
+
+    def best() -> float:
+        def call() -> object:
+            return gradclip_ext.clip_grad_norm_(parameters, 1.0, backend="triton")
+
+        call()
+        return min(timeit.repeat(call, number=20, repeat=30)) / 20 * 1e6
+
+    found = {"whole": best()}
+    backends._FUSED.clear()
+    return {**found, "general": best()}
+
+
+print(
+    json.dumps({"same": launches_like_triton(), "host_us": host_us(), "compiled_module": _core.C is not None})
+)
