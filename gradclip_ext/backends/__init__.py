@@ -88,9 +88,11 @@ def fused(name: str | None, foreach: bool | None) -> tuple[_core.FusedCalls, ...
     They check every gradient themselves and either serve the call or leave everything as it was;
     then the next one may try, and at last the general path goes by :func:`choose`.
     """
-    if foreach is False or torch.compiler.is_compiling():
+    # Other ways of tracing run this code with fake tensors, which are declined.
+    core = _core.C
+    if core is None or foreach is False or torch.compiler.is_dynamo_compiling():
         return ()
-    asked = os.environ.get(ENVIRONMENT_VARIABLE) or None if name is None else name
+    asked = core.environment(ENVIRONMENT_VARIABLE) if name is None else name
     return _FUSED.get(asked, ())
 
 
