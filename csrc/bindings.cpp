@@ -24,9 +24,11 @@ namespace {
 
 // ---------------------------------------------------------------- threads and numbers
 
-/// torch's own thread pool. Built without OpenMP, at::parallel_for would run on one thread.
-cpu::Threads torch_threads() {
-  return {at::get_num_threads(), [](int64_t workers, void (*work)(void*), void* context) {
+/// torch's own thread pool, for a list that is worth it. Built without OpenMP, at::parallel_for
+/// would run on one thread.
+cpu::Threads torch_threads(const GradList& list) {
+  const int64_t most = list.bytes() <= cpu::kSerialBytes ? 1 : at::get_num_threads();
+  return {most, [](int64_t workers, void (*work)(void*), void* context) {
             at::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(context); });
           }};
 }
@@ -83,7 +85,7 @@ bool is_representable(const Gradients& gradients, double bound) {
 
 /// Multiplies on the CPU; writes nothing if the coefficient is 1 or more.
 void scale(const GradList& list, double coef) {
-  if (!(coef >= 1)) cpu::scale(list, coef, torch_threads());
+  if (!(coef >= 1)) cpu::scale(list, coef, torch_threads(list));
 }
 
 /// Returns the norm and whether the gradients were left alone because it is not finite.
@@ -95,7 +97,7 @@ std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_t
     return on_cuda::clip_norm_(list, gradients.device, norm_type, float64, max_norm,
                                error_if_nonfinite);
   }
-  const double norm = cpu::norm(list, norm_type, torch_threads());
+  const double norm = cpu::norm(list, norm_type, torch_threads(list));
   const bool refused =
       error_if_nonfinite && !std::isfinite(float64 ? norm : static_cast<float>(norm));
   if (!refused) scale(list, clip_coef(norm, float64, max_norm));
@@ -105,7 +107,7 @@ std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_t
 at::Tensor norm_of(const Gradients& gradients, double norm_type, bool float64) {
   const GradList& list = gradients.list;
   if (gradients.device.is_cuda()) return on_cuda::norm(list, gradients.device, norm_type, float64);
-  return scalar_tensor(cpu::norm(list, norm_type, torch_threads()), float64);
+  return scalar_tensor(cpu::norm(list, norm_type, torch_threads(list)), float64);
 }
 
 /// Multiplies by a coefficient on the device of the gradients; writes nothing if it is 1 or more.
@@ -120,7 +122,7 @@ void clamp(const Gradients& gradients, double min, double max) {
   if (gradients.device.is_cuda()) {
     return on_cuda::clamp_(gradients.list, gradients.device, min, max);
   }
-  cpu::clamp(gradients.list, min, max, torch_threads());
+  cpu::clamp(gradients.list, min, max, torch_threads(gradients.list));
 }
 
 // ---------------------------------------------------------------- what Python sees

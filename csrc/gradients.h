@@ -123,6 +123,9 @@ bool for_each_tensor(const py::list& listed, Source source, const Use& use) {
   Block block;
   for (Py_ssize_t first = 0; first < size; first += kBlock) {
     Py_ssize_t count = std::min(size - first, kBlock);
+    for (Py_ssize_t i = first + kBlock; i < std::min(size, first + 2 * kBlock); ++i) {
+      __builtin_prefetch(PyList_GET_ITEM(listed.ptr(), i));  // while this block's steps are taken
+    }
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* object = PyList_GET_ITEM(listed.ptr(), first + i);
       if (!THPVariable_CheckExact(object)) return false;
@@ -185,10 +188,13 @@ class Gradients {
 
   /// As torch's in-place operations do: a backward that saved a gradient relies on it.
   void bump_versions() const {
-    // An atomic addition waits for its cache miss and holds up the next: reading first overlaps
-    // them.
-    for (const c10::TensorImpl* tensor : tensors) tensor->version_counter().current_version();
-    for (c10::TensorImpl* tensor : tensors) tensor->bump_version();
+    // An atomic addition waits for its cache miss and holds up the next: reading a block's versions
+    // first overlaps them.
+    for (size_t first = 0; first < tensors.size(); first += kBlock) {
+      const size_t last = std::min<size_t>(first + kBlock, tensors.size());
+      for (size_t i = first; i < last; ++i) tensors[i]->version_counter().current_version();
+      for (size_t i = first; i < last; ++i) tensors[i]->bump_version();
+    }
   }
 
   /// Tells whether some gradient, be it empty, has this dtype.

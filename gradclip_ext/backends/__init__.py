@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gradclip_ext import _core
 from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
@@ -80,6 +81,7 @@ def _fused() -> dict[str | None, tuple[_core.FusedCalls, ...]]:
 
 
 _FUSED = _fused()
+_environment = os.environ.get if _core.C is None else _core.C.environment
 
 
 def fused(name: str | None, foreach: bool | None) -> tuple[_core.FusedCalls, ...]:
@@ -89,11 +91,9 @@ def fused(name: str | None, foreach: bool | None) -> tuple[_core.FusedCalls, ...
     then the next one may try, and at last the general path goes by :func:`choose`.
     """
     # Other ways of tracing run this code with fake tensors, which are declined.
-    core = _core.C
-    if core is None or foreach is False or torch.compiler.is_dynamo_compiling():
+    if foreach is False or is_dynamo_compiling():
         return ()
-    asked = core.environment(ENVIRONMENT_VARIABLE) if name is None else name
-    return _FUSED.get(asked, ())
+    return _FUSED.get(_environment(ENVIRONMENT_VARIABLE) if name is None else name, ())
 
 
 def choose(
