@@ -131,7 +131,7 @@ def _table(results: Results, dtypes: Sequence[str]) -> Iterator[str]:
     found = {r.key: r for r in results.records}
     for (case, dtype), record in rows.items():
         cells = [_cell(found.get((case, dtype, o.name, o.state, str(ours)))) for o in OPERATIONS]
-        size = f"{_megabytes(record.bytes)} {dtype}"
+        size = f"{_amount(record.bytes)} {dtype}"
         yield f"| {case} | {record.tensors:,} | {size} | " + " | ".join(cells) + " |"
 
 
@@ -159,8 +159,11 @@ def _notes(results: Results) -> Iterator[str]:
     for name, peer in results.machine.get("peers", {}).items():
         yield f"`{name}` {peer['version']}: {peer['note']}."
         yield ""
+    unmeasured: dict[tuple[str, str], list[str]] = {}
     for skipped in results.skipped:
-        yield f"Not measured: {skipped.case} in {skipped.dtype}: {skipped.reason}."
+        unmeasured.setdefault((skipped.case, skipped.reason), []).append(skipped.dtype)
+    for (case, reason), dtypes in unmeasured.items():
+        yield f"Not measured: {case} in {', '.join(dtypes)}: {reason}."
         yield ""
 
 
@@ -199,11 +202,16 @@ def _times(ratio: float) -> str:
 
 
 def _share(percent: float | None) -> str:
-    return "" if percent is None else f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
+    if percent is None:
+        return ""
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %" if percent >= 0.1 else "< 0.1 %"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
+def _amount(size: int) -> str:
+    for unit, bytes_of_it in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_of_it:
+            return f"{size / bytes_of_it:.3g} {unit}"
+    return f"{size} B"
 
 
 if __name__ == "__main__":
