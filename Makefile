@@ -27,7 +27,8 @@ SANITIZED = env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-fi
   ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize
 # Started through Python's -c, because `python -m pytest` would import the sources' own build first.
 SANITIZED_TESTS := test_core test_cpu_kernels test_clip_grad_norm test_clip_grad_value test_clamp_grad \
-  test_clip_grads_with_norm test_get_total_norm test_nonfinite test_bad_input test_bookkeeping
+  test_clip_grads_with_norm test_get_total_norm test_nonfinite test_bad_input test_bookkeeping \
+  test_triton_fused
 
 # A torch that is built for CUDA, for a toolkit that nvcc belongs to. Needs no GPU.
 CUDA_TORCH ?= torch==2.11.0

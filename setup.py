@@ -159,7 +159,7 @@ def extension(mode):
     make = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
     flags = {
         "cxx": ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden"],
-        "nvcc": ["-O3", "-std=c++17", "-lineinfo"],
+        "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"],
     }
     module = make(
         name="gradclip_ext._C",

@@ -295,11 +295,13 @@ class Gathered {
 };
 
 /// Returns the gradients of parameters or the tensors themselves, or None if the list holds
-/// anything that compiled kernels would not take, or no element at all.
-std::optional<Gathered> gather(const py::list& listed, bool parameters, bool write) {
-  auto gradients =
-      take_all(listed, parameters ? Source::kParameters : Source::kTensors,
-               write ? Access::kWrite : Access::kRead, [](c10::Device) { return true; });
+/// anything that compiled kernels would not take, or no element at all, or, with cuda_only, if it
+/// begins on another device.
+std::optional<Gathered> gather(const py::list& listed, bool parameters, bool write,
+                               bool cuda_only) {
+  const auto source = parameters ? Source::kParameters : Source::kTensors;
+  const auto serves = [&](c10::Device device) { return !cuda_only || device.is_cuda(); };
+  auto gradients = take_all(listed, source, write ? Access::kWrite : Access::kRead, serves);
   if (!gradients || gradients->list.size() == 0) return std::nullopt;
   return Gathered(std::move(*gradients));
 }

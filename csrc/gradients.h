@@ -87,6 +87,7 @@ inline void prefetch(const c10::TensorImpl* tensor) {
 
 /// The data pointer and the flags behind it.
 inline void prefetch(const c10::StorageImpl* storage) {
+  if (storage == nullptr) return;
   const char* begin = reinterpret_cast<const char*>(storage);
   __builtin_prefetch(begin + 16);
   __builtin_prefetch(begin + 63);
@@ -99,7 +100,7 @@ inline std::optional<Py_ssize_t> to_gradients(Block& block, Py_ssize_t count) {
   std::array<const AutogradMeta*, kBlock> metas;
   for (Py_ssize_t i = 0; i < count; ++i) {
     metas[i] = static_cast<const AutogradMeta*>(block[i]->autograd_meta());
-    __builtin_prefetch(&metas[i]->grad_);
+    if (metas[i] != nullptr) __builtin_prefetch(&metas[i]->grad_);
   }
   Py_ssize_t gradients = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {

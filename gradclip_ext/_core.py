@@ -18,7 +18,8 @@ from torch import Tensor
 class FusedCalls(Protocol):
     """Whole calls: each is served or, returning None or False, left as it was.
 
-    Arguments are the public functions', checked but for the gradients.
+    Arguments are the public functions', checked but for the gradients. A call that raises has changed
+    nothing, either.
     """
 
     def clip_grad_norm_(
@@ -68,7 +69,9 @@ class Core(Protocol):
     CPU_CAPABILITY: str
     _testing: Any
 
-    def gather(self, listed: list[Tensor], parameters: bool, write: bool, /) -> Gathered | None: ...
+    def gather(
+        self, listed: list[Tensor], parameters: bool, write: bool, cuda_only: bool, /
+    ) -> Gathered | None: ...
 
     def environment(self, name: str, /) -> str | None: ...
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import SEED, Target, targets
 
-from gradclip_ext.backends import foreach
+from gradclip_ext.backends import foreach, triton_workspace
 
 hypothesis.settings.register_profile(
     "gradclip_ext",
@@ -53,3 +53,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if target.way == "blind":
         monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
     return target
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
+    """A list for what triton_fakes.py notes, and no tables from before."""
+    monkeypatch.setattr(triton_workspace, "_workspaces", {})
+    return []

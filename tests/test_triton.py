@@ -1,13 +1,14 @@
 """The triton backend: what it launches, and when it cannot serve. Looked at without Triton.
 
 The kernels themselves: test_triton_interpreted.py, which runs test_triton_kernels.py and the suite;
-test_triton_compiled.py; test_triton_gpu.py.
+test_triton_compiled.py. Whole calls: test_triton_fused.py.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import struct
 import threading
 import warnings
 from itertools import pairwise
@@ -18,65 +19,20 @@ import pytest
 import torch
 from subprocesses import run_with_triton
 from torch import Tensor
+from triton_fakes import FakeKernel, launches, with_fake_kernels
 
 import gradclip_ext
-from gradclip_ext import _core, backends
+from gradclip_ext import backends
 from gradclip_ext.backends import triton_workspace
 from gradclip_ext.backends.triton import CompileError, TritonBackend
-from gradclip_ext.backends.triton_fused import FusedTriton
-from gradclip_ext.backends.triton_table import GatheredList, Table, TensorList, norm_dtype
 
 # ---------------------------------------------------------------- launches
-
-
-class FakeKernel:
-    """Notes what Triton would be asked to do; ``fails`` tells which constants it cannot load or compile."""
-
-    def __init__(
-        self, name: str, log: list[tuple[str, str, tuple]], fails: Any = lambda constants: False
-    ) -> None:
-        self.__name__ = name
-        self._log, self._fails = log, fails
-
-    def warmup(self, *args: Any, grid: Any, **constants: Any) -> Any:
-        self._log.append(("compile", self.__name__, args))
-        return FakeBinary(self, self._fails(constants))
-
-    def launch(self, *args: Any) -> None:
-        self._log.append(("launch", self.__name__, args))
-
-
-class FakeBinary:
-    def __init__(self, kernel: FakeKernel, fails: bool) -> None:
-        self._kernel, self._fails = kernel, fails
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        if self._fails:
-            raise RuntimeError("no such instruction")
-        return self._kernel.launch
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
-    monkeypatch.setattr(triton_workspace, "_workspaces", {})
-    return []
-
-
-def with_fake_kernels(log: list, fallback: Any = None, fails: Any = lambda constants: False) -> TritonBackend:
-    backend = TritonBackend(fallback)
-    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
-    backend._kernels = SimpleNamespace(tl=torch, **{name: FakeKernel(name, log, fails) for name in names})
-    return backend
 
 
 def all_verbs(backend: TritonBackend, grads: list[Tensor]) -> None:
     backend.norm(grads, 2.0)
     backend.scale_(grads, torch.tensor(0.5))
     backend.clamp_(grads, -1.0, 1.0)
-
-
-def launches(log: list) -> list[str]:
-    return [name for what, name, _ in log if what == "launch"]
 
 
 def test_launches_do_not_grow_with_the_list(log: list) -> None:
@@ -121,16 +77,34 @@ def test_clipping_by_norm_does_all_or_nothing(log: list) -> None:
     assert launches(log) == []
 
 
-def test_a_binary_is_looked_for_once_a_table(log: list) -> None:
-    """Triton takes longer to find one than to launch it. That it compiles once: test_triton_compiled.py."""
+def test_a_binary_is_looked_for_once(log: list) -> None:
+    """Triton takes longer to find one than to launch it."""
     backend = with_fake_kernels(log)
-    lists = [[torch.ones(3)], [torch.ones(100_000) for _ in range(7)]]
-    for grads in (*lists, *lists):
+    for grads in ([torch.ones(3)], [torch.ones(100_000) for _ in range(7)], [torch.ones(1)]):
         all_verbs(backend, grads)
-        all_verbs(backend, grads)
-    assert sum(what == "compile" for what, _, _ in log) == 4 * len(lists)
-    backend.scale_(lists[0], torch.tensor(0.5, dtype=torch.float64))
-    assert sum(what == "compile" for what, _, _ in log) == 4 * len(lists) + 1
+    assert sum(what == "compile" for what, _, _ in log) == 4
+    for more, different in (
+        (1, lambda: backend.scale_(grads, torch.tensor(0.5, dtype=torch.float64))),
+        (2, lambda: backend.norm(grads, 1.0)),
+        (1, lambda: backend.clamp_([torch.ones(3).half()], -1.0, 1.0)),
+        (1, lambda: backend.clip_norm_(grads, 1.0, 2.0)),  # a coefficient besides, in float32
+        (1, lambda: backend.clip_norm_(grads, math.inf, 2.0)),
+    ):
+        log.clear()
+        different()
+        different()
+        assert sum(what == "compile" for what, _, _ in log) == more
+
+
+def test_bounds_keep_the_sign_of_zero(log: list) -> None:
+    """0.0 == -0.0, for a cache of rounded bounds, too."""
+    backend = with_fake_kernels(log)
+    for low, high in ((-0.0, 0.0), (0.0, 0.0), (-0.0, -0.0)):
+        backend.clamp_([torch.ones(3)], low, high)
+        assert [struct.unpack("d", struct.pack("q", bits))[0].hex() for bits in log[-1][2][:2]] == [
+            low.hex(),
+            high.hex(),
+        ]
 
 
 def test_launchers_are_given_constants_from_some_version_on(log: list) -> None:
@@ -161,7 +135,7 @@ def test_tables_are_uploaded_only_when_something_changed(log: list) -> None:
         assert table([changed, first[1]]) is not tables[0]
 
 
-def test_two_threads_never_launch_at_the_same_time(log: list) -> None:
+def test_two_threads_never_fill_a_workspace_at_the_same_time(log: list) -> None:
     """A workspace is filled and its launches enqueued by one thread at a time."""
     running, most = 0, 0
 
@@ -200,143 +174,6 @@ def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.Mo
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert all(any(t is kept for kept in slab._taken) for t in taken)
-
-
-# ---------------------------------------------------------------- whole calls
-
-needs_compiled_module = pytest.mark.skipif(
-    _core.C is None, reason=f"needs the compiled module: {_core.REASON}"
-)
-
-
-def with_grads(*grads: Tensor) -> list[torch.nn.Parameter]:
-    parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad
-    return parameters
-
-
-@needs_compiled_module
-def test_compiled_module_and_python_read_the_same_of_a_list() -> None:
-    assert _core.C is not None
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    grads = [torch.randn(2 + i, 3).to(dtypes[i % 3]) for i in range(200)]
-    grads[7] = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    for extra in ([], [torch.randn(5, dtype=torch.float16), torch.randn(1)[0]]):
-        listed = [*grads, *extra]
-        gathered = _core.C.gather(listed, False, False)
-        assert gathered is not None
-        by_module, by_python = GatheredList(gathered), TensorList(listed)
-        for ours, theirs in zip(by_module.columns(), by_python.columns()):
-            assert list(ours) == list(theirs)
-        assert by_module.dtypes == by_python.dtypes and by_module.device == by_python.device
-        tables = Table(by_module), Table(by_python)
-        assert tables[0].rows == tables[1].rows and tables[0].groups == tables[1].groups
-        assert not any(table.irregular for table in tables)
-        assert not any(table.overlap(listing) for table, listing in zip(tables, (by_module, by_python)))
-    empty = torch.empty(0, dtype=torch.float64)
-    gathered = _core.C.gather(with_grads(torch.ones(3), empty), True, True)
-    assert gathered is not None
-    assert norm_dtype(GatheredList(gathered)) == torch.float64, "a zero-size gradient decides, too"
-    assert list(GatheredList(gathered).columns().numels) == [3]
-
-
-@needs_compiled_module
-def test_a_gathered_list_outlives_its_gradients() -> None:
-    assert _core.C is not None
-    parameters = with_grads(torch.ones(3))
-    gathered = _core.C.gather(parameters, True, True)
-    kept = parameters[0].grad
-    assert kept is not None and gathered is not None
-    address, version = kept.data_ptr(), kept._version
-    gathered.bump_versions()
-    assert kept._version == version + 1
-    parameters[0].grad = kept = None
-    others = [torch.zeros(3) for _ in range(100)]
-    assert all(t.data_ptr() != address for t in others)
-
-
-@needs_compiled_module
-def test_whole_calls(log: list) -> None:
-    fused = FusedTriton(with_fake_kernels(log), lambda device: True)
-    grads = [torch.ones(3), torch.ones(5, dtype=torch.bfloat16)]
-    parameters = with_grads(*grads)
-    norm_ = ["norm_kernel"] * 2 + ["finish_kernel"]
-    scale_ = ["scale_kernel"] * 2
-
-    def launched_by(call: Any, *, bumps: bool) -> tuple[Any, list[str]]:
-        log.clear()
-        versions = [g._version for g in grads]
-        result = call()
-        assert all((g._version > v) == bumps for g, v in zip(grads, versions))
-        return result, launches(log)
-
-    served, found = launched_by(lambda: fused.clip_grad_norm_(parameters, 1.0, 2.0, False), bumps=True)
-    assert served[0].dtype == torch.float32 and not served[1] and found == norm_ + scale_
-    served, found = launched_by(lambda: fused.clip_grad_norm_(parameters, math.inf, 2.0, False), bumps=True)
-    assert served is not None and found == norm_, "only a report"
-    served, found = launched_by(lambda: fused.get_total_norm(grads, 1.0), bumps=False)
-    assert served.dtype == torch.float32 and found == norm_
-    total = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    served, found = launched_by(lambda: fused.clip_grads_with_norm_(parameters, 1.0, total), bumps=True)
-    assert served and found == scale_
-    served, found = launched_by(lambda: fused.clip_grads_with_norm_(parameters, math.inf, total), bumps=True)
-    assert served and found == []
-    served, found = launched_by(lambda: fused.clamp_grad_(parameters, -1.0, math.inf), bumps=True)
-    assert served and found == ["clamp_kernel"] * 2
-    with pytest.raises(RuntimeError, match="1e\\+39 cannot be represented"):
-        fused.clamp_grad_(parameters, -1.0, 1e39)
-
-
-@needs_compiled_module
-def test_whole_calls_leave_alone_what_is_not_for_them(log: list) -> None:
-    backend = with_fake_kernels(log)
-    fused = FusedTriton(backend, lambda device: True)
-    memory = torch.ones(9)
-    tied = torch.ones(3)
-    for grads in (
-        [],
-        [torch.empty(0)],
-        [memory[::2]],
-        [memory[:5], memory[4:]],
-        [tied, tied],
-        [torch.ones(3, dtype=torch.complex64)],
-    ):
-        parameters = with_grads(*grads)
-        assert fused.clip_grad_norm_(parameters, 1.0, 2.0, False) is None
-        assert fused.get_total_norm(grads, 2.0) is None
-        assert not fused.clip_grads_with_norm_(parameters, 1.0, torch.tensor(1.0))
-        assert not fused.clamp_grad_(parameters, -1.0, 1.0)
-    parameters = with_grads(tied)
-    assert fused.clip_grad_norm_(parameters, 1.0, 2.0, True) is None
-    assert fused.clip_grad_norm_(parameters, 1.0, 0.0, False) is None
-    assert fused.get_total_norm([tied], -math.inf) is None
-    assert not fused.clip_grads_with_norm_(parameters, 1.0, torch.nn.Parameter(torch.tensor(1.0)))
-    elsewhere = FusedTriton(backend, lambda device: device.type == "cuda")
-    failing = FusedTriton(with_fake_kernels(log, fails=lambda constants: True), lambda device: True)
-    for left in (elsewhere, failing):
-        assert left.clip_grad_norm_(parameters, 1.0, 2.0, False) is None
-        assert left.get_total_norm([tied], 2.0) is None
-        assert not left.clip_grads_with_norm_(parameters, 1.0, torch.tensor(1.0))
-        assert not left.clamp_grad_(parameters, -1.0, 1.0)
-    assert launches(log) == []
-
-
-@needs_compiled_module
-def test_who_may_take_whole_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _core.C is not None
-    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(backends, "_FUSED", backends._fused())
-    module, triton = backends.fused(None, None)
-    assert module is _core.C.any_device and isinstance(triton, FusedTriton)
-    (named,) = backends.fused("triton", True)
-    assert isinstance(named, FusedTriton) and named._backend is backends.ALL["triton"]
-    assert triton._backend is backends._AUTOMATIC["triton"] and triton._backend is not named._backend
-    assert not triton._serves(torch.device("cpu")), "the compiled module's own"
-    assert backends.fused("triton", False) == backends.fused("foreach", None) == ()
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    assert backends._fused()[None] == (_core.C.any_device,), "no second look at lists of the CPU"
 
 
 # ---------------------------------------------------------------- when it cannot serve

@@ -33,13 +33,13 @@ launched: list[tuple[Any, ...]] = []
 
 
 class Launcher:
-    """What Triton builds to call the driver: keeps what it is given after grid, stream and metadata."""
+    """What Triton builds for a binary to call the driver: keeps grid and arguments, and who it is."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
 
     def __call__(self, *given: Any) -> None:
-        launched.append((given[:3], given[9:]))
+        launched.append((self, given[:3], given[9:]))
 
 
 driver.set_active(
@@ -76,9 +76,9 @@ class Comparing(TritonBackend):
             start(*given)
             named = {**launch.constants, **launch.options}
             launch.kernel[(launch.programs,)](*given, *launch.arguments, **named)
-            ours, theirs = launched[-2:]
-            equal = ours[0] == theirs[0] and len(ours[1]) == len(theirs[1])
-            equal &= all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(ours[1], theirs[1]))
+            (binary, grid, ours), (their_binary, their_grid, theirs) = launched[-2:]
+            equal = binary is their_binary and grid == their_grid and len(ours) == len(theirs)
+            equal &= all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(ours, theirs))
             name = launch.kernel.__name__
             self.same[name] = self.same.get(name, True) and equal
 
@@ -93,9 +93,13 @@ def launches_like_triton() -> dict[str, bool]:
         grads = [torch.ones(40, dtype=dtype), torch.ones(3, dtype=torch.float32)]
         for p in (2.0, 3.0):
             backend.norm(grads, p)
-            backend.clip_norm_(grads, 1.0, p)
-        backend.scale_(grads, torch.ones(2)[1])  # a coefficient that 16 does not divide the address of
-        backend.clamp_(grads, -1.0, 1.0)
+            for max_norm in (1.0, 0.0, 1e300):
+                backend.clip_norm_(grads, max_norm, p)
+        coefs = torch.ones(5)
+        for coef in (coefs[0], coefs[1], coefs[4]):  # 16 divides the addresses of two of them
+            backend.scale_(grads, coef)
+        for bound in (1.0, 0.0, 16.0):
+            backend.clamp_(grads, -bound, bound)
     return backend.same
 
 

@@ -33,28 +33,29 @@ template <typename Body>
 void for_each_chunk(const GradList& list, Order order, const Threads& threads, const Body& body) {
   const int64_t chunks = list.chunks();
   if (chunks == 0) return;
-  const int64_t workers = list.bytes() <= kSerialBytes
-                              ? 1
-                              : std::min({threads.most, chunks, list.bytes() / kBytesPerThread});
+  const bool serial = list.bytes() <= kSerialBytes;
+  const int64_t workers =
+      serial ? 1 : std::min({threads.most, chunks, list.bytes() / kBytesPerThread});
   const int64_t run =
-      workers == 1 ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
+      serial ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
 
   std::atomic<int64_t> next{0};
   auto work = [&] {
     const int64_t* prefix = list.chunk_prefix();
     for (;;) {
-      const int64_t first = next.fetch_add(run, std::memory_order_relaxed);
-      if (first >= chunks) return;
-      int64_t index = order == Order::kForward ? first : chunks - 1 - first;
-      int64_t tensor = list.tensor_of(index);
-      for (int64_t left = std::min(run, chunks - first); left != 0; --left) {
+      const int64_t taken = next.fetch_add(run, std::memory_order_relaxed);
+      if (taken >= chunks) return;
+      const int64_t count = std::min(run, chunks - taken);
+      // Forwards within a run in either order: the hardware's prefetching starts anew at every
+      // chunk that does not follow the one before.
+      const int64_t first = order == Order::kForward ? taken : chunks - taken - count;
+      int64_t tensor = list.tensor_of(first);
+      for (int64_t index = first; index != first + count; ++index) {
         while (index >= prefix[tensor + 1]) ++tensor;
-        while (index < prefix[tensor]) --tensor;
         const Grad& grad = list[tensor];
         const Chunk chunk = list.chunk(index, tensor);
         body({index, static_cast<int>(grad.dtype),
               static_cast<char*>(grad.data) + chunk.offset * item_size(grad.dtype), chunk.length});
-        index += order == Order::kForward ? 1 : -1;
       }
     }
   };

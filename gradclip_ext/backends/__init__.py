@@ -69,11 +69,12 @@ def _fused() -> dict[str | None, tuple[_core.FusedCalls, ...]]:
     """Return who may take whole calls, by the name that was asked for."""
     if _core.C is None:
         return {}
-    triton = FusedTriton(_TRITON, lambda device: _TRITON.unusable(device) is None)
-    automatic = FusedTriton(_AUTOMATIC_TRITON, lambda device: _first_usable(device) is _AUTOMATIC_TRITON)
-    on_gpu = (automatic,) if torch.backends.cuda.is_built() else ()
+    triton = FusedTriton(_TRITON, lambda device: _TRITON.unusable(device) is None, cuda_only=False)
+    automatic = FusedTriton(
+        _AUTOMATIC_TRITON, lambda device: _first_usable(device) is _AUTOMATIC_TRITON, cuda_only=True
+    )
     return {
-        None: (_core.C.any_device, *on_gpu),
+        None: (_core.C.any_device, automatic),
         "cuda": (_core.C.cuda,),
         "triton": (triton,),
         "cpu": (_core.C.cpu,),
@@ -91,7 +92,7 @@ def fused(name: str | None, foreach: bool | None) -> tuple[_core.FusedCalls, ...
     then the next one may try, and at last the general path goes by :func:`choose`.
     """
     # Other ways of tracing run this code with fake tensors, which are declined.
-    if foreach is False or is_dynamo_compiling():
+    if foreach is False or is_dynamo_compiling() or not (name is None or isinstance(name, str)):
         return ()
     return _FUSED.get(_environment(ENVIRONMENT_VARIABLE) if name is None else name, ())
 

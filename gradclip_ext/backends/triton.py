@@ -91,6 +91,7 @@ class TritonBackend:
         self._kernels: Any = None
         self._interpreted = False
         self._launcher_takes_constants = True
+        self._binaries: dict[tuple[Any, ...], Any] = {}
 
     # ------------------------------------------------------------ verbs
 
@@ -146,16 +147,18 @@ class TritonBackend:
 
     def clip_listed_(self, listing: Listing, max_norm: float, norm_type: float) -> Tensor | None:
         """Do as :meth:`clip_norm_` does."""
+        if not norm_type > 0.0:
+            return None
         try:
             with workspace_of(listing.device) as workspace:
                 table = workspace.table(listing)
-                if not norm_type > 0.0 or not table.groups or table.irregular or table.overlap(listing):
+                if not table.groups or table.irregular or table.overlap(listing):
                     return None
                 norm = torch.empty((), dtype=norm_dtype(listing), device=listing.device)
                 if math.isinf(max_norm):  # only report: even a NaN norm must not scale
                     calls = self._norm_calls(workspace, table, norm_type, norm)
                 else:
-                    clip_coef = torch.empty_like(norm)
+                    clip_coef = workspace.clip_coef(norm.dtype)
                     calls = self._norm_calls(workspace, table, norm_type, norm, clip_coef, max_norm)
                     calls += self._scale_calls(workspace, table, clip_coef)
                 self._enqueue(calls)
@@ -211,8 +214,8 @@ class TritonBackend:
                 {"ORDER": order, "BLOCK": _FINISH_BLOCK},
                 _options(_FINISH_LANES, workspace),
             )
-            table.launches[key] = launches, finish
-        launches, finish = table.launches[key]
+            table.launches[key] = [*launches, finish]
+        *launches, finish = table.launches[key]
         return [*((launch, ()) for launch in launches), (finish, (norm, clip_coef, _bits(max_norm)))]
 
     def _scale_calls(self, workspace: Workspace, table: Table, clip_coef: Tensor) -> list[_Call]:
@@ -222,10 +225,12 @@ class TritonBackend:
         return [(launch, (clip_coef,)) for launch in table.launches[key]]
 
     def _clamp_calls(self, workspace: Workspace, table: Table, min: float, max: float) -> list[_Call]:
-        if "clamp" not in table.launches:
-            table.launches["clamp"] = self._over_groups("clamp_kernel", (), _tile_of_rows, workspace, table)
-        bounds = [_rounded(min, max, group.dtype) for group in table.groups]
-        return list(zip(table.launches["clamp"], bounds))
+        key = ("clamp",)
+        if key not in table.launches:
+            table.launches[key] = self._over_groups("clamp_kernel", (), _tile_of_rows, workspace, table)
+        bounds = _bits(min), _bits(max)
+        given = [tuple(_rounded(bits, group.dtype) for bits in bounds) for group in table.groups]
+        return list(zip(table.launches[key], given))
 
     def _over_groups(
         self,
@@ -269,9 +274,14 @@ class TritonBackend:
         if self._interpreted:
             return lambda *given: kernel[(launch.programs,)](*given, *arguments, **named)
         what = f"{kernel.__name__} for {named}"
+        # All that a binary depends on: addresses in arguments are an allocator's, or not specialised on.
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        dtypes = [a.dtype for a in given if isinstance(a, Tensor)]
+        key = (kernel.__name__, device, *dtypes, *launch.constants.values())
         try:
-            compiled = kernel.warmup(*given, *arguments, **named, grid=(1,))
-            start = compiled[(launch.programs, 1, 1)]  # loads it, as in Triton's tutorials
+            if key not in self._binaries:
+                self._binaries[key] = kernel.warmup(*given, *arguments, **named, grid=(1,))
+            start = self._binaries[key][(launch.programs, 1, 1)]  # loads it, as in Triton's tutorials
         except Exception as error:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(  # no CompileError: nothing is wrong with Triton
@@ -354,10 +364,13 @@ def _options(lanes: int, workspace: Workspace) -> dict[str, Any]:
 
 
 @functools.lru_cache
-def _rounded(min: float, max: float, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bits of bounds rounded to the dtype by torch, as its own clamp does."""
-    low, high = torch.tensor([min, max], dtype=dtype, device="cpu").tolist()
-    return _bits(low), _bits(high)
+def _rounded(bits: int, dtype: torch.dtype) -> int:
+    """Return the bits of a bound rounded to the dtype by torch, as its own clamp does.
+
+    Of bits, because to a cache 0.0 and -0.0 are the same.
+    """
+    number = torch.tensor(bits, dtype=torch.int64, device="cpu").view(torch.float64)
+    return _bits(number.to(dtype).item())
 
 
 def _bits(number: float) -> int:

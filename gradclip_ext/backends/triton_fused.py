@@ -24,17 +24,23 @@ class FusedTriton:
     Args:
         backend: launches the kernels.
         serves: tells whether the backend is the one for a device.
+        cuda_only: the backend is for CUDA and ROCm devices, so that lists of others need not be read.
     """
 
-    def __init__(self, backend: TritonBackend, serves: Callable[[torch.device], bool]) -> None:
+    def __init__(
+        self, backend: TritonBackend, serves: Callable[[torch.device], bool], *, cuda_only: bool
+    ) -> None:
         self._backend = backend
         self._serves = serves
+        self._cuda_only = cuda_only
 
     def clip_grad_norm_(
         self, parameters: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, /
     ) -> tuple[Tensor, bool] | None:
         # To refuse a norm, the host has to wait for it in between; nothing is gained here then.
-        listing = None if error_if_nonfinite else self._gather(parameters, parameters=True, write=True)
+        if error_if_nonfinite or not norm_type > 0.0:
+            return None
+        listing = self._gather(parameters, parameters=True, write=True)
         if listing is None:
             return None
         norm = self._backend.clip_listed_(listing, max_norm, norm_type)
@@ -77,5 +83,5 @@ class FusedTriton:
 
     def _gather(self, listed: list[Tensor], *, parameters: bool, write: bool) -> GatheredList | None:
         assert _core.C is not None
-        gathered = _core.C.gather(listed, parameters, write)
+        gathered = _core.C.gather(listed, parameters, write, self._cuda_only)
         return GatheredList(gathered) if gathered is not None and self._serves(gathered.device) else None

@@ -12,8 +12,8 @@ A partial is two float64 a chunk, ``most`` and ``total``: the chunk's sum of |x|
 ``ORDER`` is p where p = 1, 2 or inf, and 0 for every other p, which comes at run time. Numbers
 come as the bits of a float64 in an integer, because Triton passes a Python float as float32.
 
-Arguments that change from call to call come first, and nothing is compiled in about their values:
-one binary, found once, serves all calls on a table.
+Arguments that change from call to call come first. Of those, a binary depends on dtypes and on which
+pointers are None, not on values or addresses: it is found once and serves all such calls.
 """
 
 # mypy: ignore-errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -135,7 +135,7 @@ class Table:
         self.groups: list[Group] = []
         self.rows = array("q")
         self.chunks = 0
-        self.launches: dict[Hashable, Any] = {}
+        self.launches: dict[tuple[Any, ...], list[Any]] = {}
         self._spans: list[tuple[int, int]] = []
         self._overlap: bool | None = None
         left_out = set(self.irregular)

@@ -81,6 +81,7 @@ class Workspace:
         self._captured = captured
         self._tables: list[tuple[Any, Table]] = []
         self._partials = torch.empty(0, dtype=torch.float64, device=device)
+        self._clip_coefs: dict[torch.dtype, Tensor] = {}
 
     def table(self, listing: Listing) -> Table:
         """Return the table of these tensors, uploaded if it is new."""
@@ -108,6 +109,12 @@ class Workspace:
         if self._partials.numel() < 2 * chunks:
             self._partials = torch.empty(2 * chunks, dtype=torch.float64, device=self.device)
         return self._partials
+
+    def clip_coef(self, dtype: torch.dtype) -> Tensor:
+        """Return room for a coefficient, which the next clipping on the stream overwrites."""
+        if dtype not in self._clip_coefs:
+            self._clip_coefs[dtype] = torch.empty((), dtype=dtype, device=self.device)
+        return self._clip_coefs[dtype]
 
 
 # Shared by all instances.

@@ -1,0 +1,48 @@
+"""Kernels that note what they are asked to do, for looking at the triton backend without Triton."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from gradclip_ext.backends.triton import TritonBackend
+
+
+class FakeKernel:
+    """Notes what Triton would be asked to do; ``fails`` tells which constants it cannot load or compile."""
+
+    def __init__(
+        self, name: str, log: list[tuple[str, str, tuple]], fails: Any = lambda constants: False
+    ) -> None:
+        self.__name__ = name
+        self._log, self._fails = log, fails
+
+    def warmup(self, *args: Any, grid: Any, **constants: Any) -> Any:
+        self._log.append(("compile", self.__name__, args))
+        return FakeBinary(self, self._fails(constants))
+
+    def launch(self, *args: Any) -> None:
+        self._log.append(("launch", self.__name__, args))
+
+
+class FakeBinary:
+    def __init__(self, kernel: FakeKernel, fails: bool) -> None:
+        self._kernel, self._fails = kernel, fails
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        if self._fails:
+            raise RuntimeError("no such instruction")
+        return self._kernel.launch
+
+
+def with_fake_kernels(log: list, fallback: Any = None, fails: Any = lambda constants: False) -> TritonBackend:
+    backend = TritonBackend(fallback)
+    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+    backend._kernels = SimpleNamespace(tl=torch, **{name: FakeKernel(name, log, fails) for name in names})
+    return backend
+
+
+def launches(log: list) -> list[str]:
+    return [name for what, name, _ in log if what == "launch"]
