@@ -24,11 +24,10 @@ namespace {
 
 // ---------------------------------------------------------------- threads and numbers
 
-/// torch's own thread pool, for a list that is worth it. Built without OpenMP, at::parallel_for
-/// would run on one thread.
-cpu::Threads torch_threads(const GradList& list) {
-  const int64_t most = list.bytes() <= cpu::kSerialBytes ? 1 : at::get_num_threads();
-  return {most, [](int64_t workers, void (*work)(void*), void* context) {
+/// torch's own thread pool. Built without OpenMP, at::parallel_for would run on one thread.
+cpu::Threads torch_threads() {
+  return {[] { return static_cast<int64_t>(at::get_num_threads()); },
+          [](int64_t workers, void (*work)(void*), void* context) {
             at::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(context); });
           }};
 }
@@ -85,7 +84,7 @@ bool is_representable(const Gradients& gradients, double bound) {
 
 /// Multiplies on the CPU; writes nothing if the coefficient is 1 or more.
 void scale(const GradList& list, double coef) {
-  if (!(coef >= 1)) cpu::scale(list, coef, torch_threads(list));
+  if (!(coef >= 1)) cpu::scale(list, coef, torch_threads());
 }
 
 /// Returns the norm and whether the gradients were left alone because it is not finite.
@@ -97,7 +96,7 @@ std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_t
     return on_cuda::clip_norm_(list, gradients.device, norm_type, float64, max_norm,
                                error_if_nonfinite);
   }
-  const double norm = cpu::norm(list, norm_type, torch_threads(list));
+  const double norm = cpu::norm(list, norm_type, torch_threads());
   const bool refused =
       error_if_nonfinite && !std::isfinite(float64 ? norm : static_cast<float>(norm));
   if (!refused) scale(list, clip_coef(norm, float64, max_norm));
@@ -107,7 +106,7 @@ std::pair<at::Tensor, bool> clip_norm_(const Gradients& gradients, double norm_t
 at::Tensor norm_of(const Gradients& gradients, double norm_type, bool float64) {
   const GradList& list = gradients.list;
   if (gradients.device.is_cuda()) return on_cuda::norm(list, gradients.device, norm_type, float64);
-  return scalar_tensor(cpu::norm(list, norm_type, torch_threads(list)), float64);
+  return scalar_tensor(cpu::norm(list, norm_type, torch_threads()), float64);
 }
 
 /// Multiplies by a coefficient on the device of the gradients; writes nothing if it is 1 or more.
@@ -122,7 +121,7 @@ void clamp(const Gradients& gradients, double min, double max) {
   if (gradients.device.is_cuda()) {
     return on_cuda::clamp_(gradients.list, gradients.device, min, max);
   }
-  cpu::clamp(gradients.list, min, max, torch_threads(gradients.list));
+  cpu::clamp(gradients.list, min, max, torch_threads());
 }
 
 // ---------------------------------------------------------------- what Python sees

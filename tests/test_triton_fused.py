@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from cases import REAL_DTYPES
+from oracle import parameter
 from triton_fakes import launches, with_fake_kernels
 
 import gradclip_ext
@@ -23,17 +24,9 @@ def fused_with(backend: TritonBackend) -> FusedTriton:
     return FusedTriton(backend, lambda device: True, cuda_only=False)
 
 
-def with_grads(*grads: Tensor) -> list[torch.nn.Parameter]:
-    parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad
-    return parameters
-
-
 def test_compiled_module_and_python_read_the_same_of_a_list() -> None:
     assert _core.C is not None
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    grads = [torch.randn(2 + i, 3).to(dtypes[i % 3]) for i in range(200)]
+    grads = [torch.randn(2 + i, 3).to(REAL_DTYPES[1 + i % 3]) for i in range(200)]
     grads[7] = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     for extra in ([], [torch.randn(5, dtype=torch.float16), torch.randn(1)[0]]):
         listed = [*grads, *extra]
@@ -48,7 +41,7 @@ def test_compiled_module_and_python_read_the_same_of_a_list() -> None:
         assert not any(table.irregular for table in tables)
         assert not any(table.overlap(listing) for table, listing in zip(tables, (by_module, by_python)))
     empty = torch.empty(0, dtype=torch.float64)
-    gathered = _core.C.gather(with_grads(torch.ones(3), empty), True, True, False)
+    gathered = _core.C.gather([parameter(torch.ones(3)), parameter(empty)], True, True, False)
     assert gathered is not None
     assert norm_dtype(GatheredList(gathered)) == torch.float64, "a zero-size gradient decides, too"
     assert list(GatheredList(gathered).columns().numels) == [3]
@@ -56,7 +49,7 @@ def test_compiled_module_and_python_read_the_same_of_a_list() -> None:
 
 def test_a_gathered_list_outlives_its_gradients() -> None:
     assert _core.C is not None
-    parameters = with_grads(torch.ones(3))
+    parameters = [parameter(torch.ones(3))]
     gathered = _core.C.gather(parameters, True, True, False)
     kept = parameters[0].grad
     assert kept is not None and gathered is not None
@@ -71,7 +64,7 @@ def test_a_gathered_list_outlives_its_gradients() -> None:
 def test_whole_calls(log: list) -> None:
     fused = fused_with(with_fake_kernels(log))
     grads = [torch.ones(3), torch.ones(5, dtype=torch.bfloat16)]
-    parameters = with_grads(*grads)
+    parameters = [parameter(g) for g in grads]
     norm_ = ["norm_kernel"] * 2 + ["finish_kernel"]
     scale_ = ["scale_kernel"] * 2
 
@@ -112,12 +105,12 @@ def test_whole_calls_leave_alone_what_is_not_for_them(log: list) -> None:
         [tied, tied],
         [torch.ones(3, dtype=torch.complex64)],
     ):
-        parameters = with_grads(*grads)
+        parameters = [parameter(g) for g in grads]
         assert fused.clip_grad_norm_(parameters, 1.0, 2.0, False) is None
         assert fused.get_total_norm(grads, 2.0) is None
         assert not fused.clip_grads_with_norm_(parameters, 1.0, torch.tensor(1.0))
         assert not fused.clamp_grad_(parameters, -1.0, 1.0)
-    parameters = with_grads(tied)
+    parameters = [parameter(tied)]
     assert fused.clip_grad_norm_(parameters, 1.0, 2.0, True) is None
     assert fused.clip_grad_norm_(parameters, 1.0, 0.0, False) is None
     assert fused.get_total_norm([tied], -math.inf) is None
@@ -147,7 +140,7 @@ def test_who_may_take_whole_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_that_is_no_name_is_an_error_of_ours() -> None:
-    parameters = with_grads(torch.ones(3))
+    parameters = [parameter(torch.ones(3))]
     for backend in (["cpu"], {"cpu"}, 3):
         with pytest.raises(ValueError, match="does not exist; there are: cuda, triton, cpu, foreach"):
             gradclip_ext.clip_grad_norm_(parameters, 1.0, backend=backend)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ void for_each_chunk(const GradList& list, Order order, const Threads& threads, c
   if (chunks == 0) return;
   const bool serial = list.bytes() <= kSerialBytes;
   const int64_t workers =
-      serial ? 1 : std::min({threads.most, chunks, list.bytes() / kBytesPerThread});
+      serial ? 1 : std::min({threads.most(), chunks, list.bytes() / kBytesPerThread});
   const int64_t run =
       serial ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
 

@@ -20,8 +20,8 @@ constexpr int64_t kSerialBytes = 1 << 20;
 
 /// How a verb gets its threads. The bindings build this on torch's thread pool.
 struct Threads {
-  /// Most threads that may run at once.
-  int64_t most;
+  /// Returns how many threads may run at once. Not called for lists that one thread takes.
+  int64_t (*most)();
   /// Calls work(context) on up to `workers` threads, this one included, and returns when every
   /// call has returned. At least one call must happen; all take their share from one counter.
   void (*run)(int64_t workers, void (*work)(void* context), void* context);
