@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 # does not even import.
 TRITON = $(if $(filter torch==2.6.%,$(TORCH)),"triton==3.2.0; sys_platform == 'linux'")
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-CSRC = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r
+CSRC = git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r
 CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'
 
 ifdef CURRENT_ENV
@@ -62,6 +62,8 @@ check-cuda: .venv-cuda/.ready
 	  assert '.venv-cuda' in c.__file__ and b.CUDA, c.__file__; print('testing', c.__file__)"
 	$(CUDA_RUN) -m gradclip_ext.info
 	cd $(CUDA_CHECKOUT) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest $(NOT_OF_A_WHEEL)
+	cd $(CUDA_CHECKOUT) && $(CUDA_RUN) tests/cuda_emulator/run.py -k "cuda and not triton" $(NOT_OF_A_WHEEL) \
+	  $(addprefix --ignore=tests/test_,accuracy.py cuda_build.py cuda_compiled.py cuda_emulated.py)
 
 .venv-cuda/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda

@@ -100,54 +100,54 @@ def test_parameter_list_is_an_iterable_of_tensors() -> None:
 # ---------------------------------------------------------------- gradients that cannot be clipped
 
 
-def integer_parameter() -> torch.Tensor:
-    tensor = torch.ones(3, dtype=torch.int64)
-    tensor.grad = torch.arange(3)
+def integer_parameter(device: str) -> torch.Tensor:
+    tensor = torch.ones(3, dtype=torch.int64, device=device)
+    tensor.grad = torch.arange(3, device=device)
     return tensor
 
 
-def float8_parameter() -> torch.Tensor:
-    tensor = torch.zeros(3).to(torch.float8_e4m3fn)
-    tensor.grad = random(3).to(torch.float8_e4m3fn)
+def float8_parameter(device: str) -> torch.Tensor:
+    tensor = torch.zeros(3, device=device).to(torch.float8_e4m3fn)
+    tensor.grad = random(3, device=device).to(torch.float8_e4m3fn)
     return tensor
 
 
-def sparse_parameter(layout: torch.layout) -> torch.Tensor:
-    dense = random(3, 4)
-    param = torch.nn.Parameter(dense.to_sparse(layout=layout))
-    param.grad = dense.to_sparse(layout=layout)
+def sparse_parameter(device: str, layout: torch.layout) -> torch.Tensor:
+    sparse = random(3, 4).to_sparse(layout=layout).to(device)
+    param = torch.nn.Parameter(sparse.clone())
+    param.grad = sparse
     return param
 
 
-def embedding_parameter() -> torch.Tensor:
-    embedding = torch.nn.Embedding(5, 3, sparse=True)
-    embedding(torch.tensor([1, 4])).sum().backward()
+def embedding_parameter(device: str) -> torch.Tensor:
+    embedding = torch.nn.Embedding(5, 3, sparse=True, device=device)
+    embedding(torch.tensor([1, 4], device=device)).sum().backward()
     return embedding.weight
 
 
-def expanded_parameter() -> torch.Tensor:
-    param = torch.nn.Parameter(torch.empty(4, 3))
-    param.grad = random(4, 1).expand(4, 3)
+def expanded_parameter(device: str) -> torch.Tensor:
+    param = torch.nn.Parameter(torch.empty(4, 3, device=device))
+    param.grad = random(4, 1, device=device).expand(4, 3)
     return param
 
 
-def lazy_parameter(bit: str) -> torch.Tensor:
-    conjugate = random(3, dtype=torch.complex64).conj()
+def lazy_parameter(device: str, bit: str) -> torch.Tensor:
+    conjugate = random(3, dtype=torch.complex64, device=device).conj()
     grad = conjugate if bit == "conj" else conjugate.imag
-    param = torch.nn.Parameter(torch.empty(3, dtype=grad.dtype))
+    param = torch.nn.Parameter(torch.empty(3, dtype=grad.dtype, device=device))
     param.grad = grad
     return param
 
 
-BAD_GRADIENTS: dict[str, tuple[Callable[[], torch.Tensor], type[Exception], tuple[str, ...]]] = {
+BAD_GRADIENTS: dict[str, tuple[Callable[[str], torch.Tensor], type[Exception], tuple[str, ...]]] = {
     "integer": (integer_parameter, TypeError, ("torch.int64", "float32", "convert")),
     "float8": (float8_parameter, TypeError, ("float8_e4m3fn", "float32", "convert")),
-    "sparse coo": (lambda: sparse_parameter(torch.sparse_coo), TypeError, ("sparse_coo", "to_dense")),
-    "sparse csr": (lambda: sparse_parameter(torch.sparse_csr), TypeError, ("sparse_csr", "to_dense")),
+    "sparse coo": (lambda d: sparse_parameter(d, torch.sparse_coo), TypeError, ("sparse_coo", "to_dense")),
+    "sparse csr": (lambda d: sparse_parameter(d, torch.sparse_csr), TypeError, ("sparse_csr", "to_dense")),
     "sparse embedding": (embedding_parameter, TypeError, ("sparse_coo", "sparse=False")),
     "expanded": (expanded_parameter, RuntimeError, ("expanded", "single memory location", r"clone\(\)")),
-    "conj bit": (lambda: lazy_parameter("conj"), RuntimeError, ("conjugate", "resolve_conj")),
-    "neg bit": (lambda: lazy_parameter("neg"), RuntimeError, ("negative", "resolve_neg")),
+    "conj bit": (lambda d: lazy_parameter(d, "conj"), RuntimeError, ("conjugate", "resolve_conj")),
+    "neg bit": (lambda d: lazy_parameter(d, "neg"), RuntimeError, ("negative", "resolve_neg")),
 }
 
 
@@ -158,7 +158,7 @@ def test_bad_gradient_beside_good_ones(backend: Target, kind: str) -> None:
     for name, call in backend.calls().items():
         for position in (0, 1, 2):
             params = backend.parameters((3,), (2, 2))
-            listed = [*params[:position], make(), *params[position:]]
+            listed = [*params[:position], make(backend.device), *params[position:]]
             told = (*words, rf"gradient {position} ")
             raises_untouched(error, told, params, call, listed, what=f"{name}: {kind} at {position}")
 
@@ -168,7 +168,7 @@ def test_bad_gradient_beside_good_ones(backend: Target, kind: str) -> None:
 def test_get_total_norm_refuses_the_same(backend: Target, kind: str) -> None:
     make, error, words = BAD_GRADIENTS[kind]
     with pytest.raises(error) as caught:
-        backend.get_total_norm([backend.random(3), make().grad])
+        backend.get_total_norm([backend.random(3), make(backend.device).grad])
     for word in words:
         assert re.search(word, str(caught.value), re.IGNORECASE), caught.value
 

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -36,7 +37,7 @@ using std::min;
 
 namespace emulator {
 
-constexpr int kBlock = 256, kWarp = 32, kStackBytes = 1 << 16;
+constexpr int kBlock = 256, kWarp = 32, kStackBytes = 1 << 17;
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;
@@ -48,13 +49,15 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+  ucontext_t start;
+  jmp_buf resume;
+  std::vector<char>
+      stack;  // empty until the fiber has started; it then serves one block after another
   bool done = false;
 };
 
 struct Block {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<Fiber> fibers = std::vector<Fiber>(kBlock);
   std::function<void()> body;
   Barrier all, warps[kBlock / kWarp];
@@ -66,7 +69,11 @@ inline Block block;
 inline int current = 0;
 inline Index grid, block_index;
 
-inline void yield() { swapcontext(&block.fibers[current].context, &block.scheduler); }
+/// Leaves the current fiber; returns when it is its turn again. By _setjmp, because swapcontext
+/// calls the kernel for every switch.
+inline void yield() {
+  if (_setjmp(block.fibers[current].resume) == 0) _longjmp(block.scheduler, 1);
+}
 
 inline void arrive_and_wait(Barrier& barrier) {
   ++block.progress;
@@ -81,30 +88,39 @@ inline void arrive_and_wait(Barrier& barrier) {
 inline Barrier& own_warp() { return block.warps[current / kWarp]; }
 
 inline void entry() {
-  block.body();
-  block.fibers[current].done = true;
-  ++block.progress;
-  yield();
+  for (;;) {
+    block.body();
+    block.fibers[current].done = true;
+    ++block.progress;
+    yield();
+  }
+}
+
+/// Lets the current fiber run until it yields.
+inline void resume() {
+  Fiber& fiber = block.fibers[current];
+  if (_setjmp(block.scheduler) != 0) return;
+  if (!fiber.stack.empty()) _longjmp(fiber.resume, 1);
+  fiber.stack.resize(kStackBytes);
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data();
+  fiber.start.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.start, entry, 0);
+  setcontext(&fiber.start);
 }
 
 /// Runs one block of kBlock threads to its end.
 inline void run_block() {
   block.all = {kBlock};
   for (Barrier& warp : block.warps) warp = {kWarp};
-  for (Fiber& fiber : block.fibers) {
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    makecontext(&fiber.context, entry, 0);
-  }
+  for (Fiber& fiber : block.fibers) fiber.done = false;
   for (int left = kBlock; left > 0;) {
     const uint64_t before = block.progress;
     left = 0;
     for (current = 0; current < kBlock; ++current) {
       if (block.fibers[current].done) continue;
       ++left;
-      swapcontext(&block.scheduler, &block.fibers[current].context);
+      resume();
     }
     if (left > 0 && block.progress == before) {
       std::fprintf(stderr, "deadlock: %d threads of block %u wait at barriers\n", left,

@@ -1,0 +1,169 @@
+// What the emulated CUDA runtime keeps: streams, events, graphs and memory.
+//
+// A stream runs nothing before somebody waits for it, so that whoever reads a result too early
+// reads what was there before. Everything below is used under `everything`, the one lock there is.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace emulator {
+
+constexpr int kDevices = 2;
+constexpr size_t kDeviceBytes = size_t{4} << 30;
+
+// None of what is kept is ever destroyed: torch calls the runtime while the process ends, too.
+inline auto& everything = *new std::recursive_mutex;
+
+// ---------------------------------------------------------------- errors
+
+inline thread_local cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t fail(cudaError_t error) { return last_error = error; }
+
+// ---------------------------------------------------------------- streams, events, graphs
+
+using Task = std::function<void()>;
+
+struct Graph {
+  std::vector<Task> nodes;
+};
+
+struct Stream {
+  int device;
+  std::deque<Task> queue;
+  uint64_t enqueued = 0, done = 0;
+  Graph* capture = nullptr;
+  uint64_t capture_id = 0;
+  bool invalidated = false;  // a call came that no capture allows
+};
+
+/// A point of a stream; of none before it is recorded.
+struct Event {
+  Stream* stream = nullptr;
+  uint64_t after = 0;
+};
+
+inline auto& streams = *new std::vector<Stream*>;
+inline thread_local int current_device = 0;
+inline thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGlobal;
+inline int captures = 0;
+
+inline Stream* new_stream(int device) {
+  streams.push_back(new Stream{device});
+  return streams.back();
+}
+
+inline Stream* stream_of(cudaStream_t handle) {
+  static Stream* const defaults[kDevices] = {new_stream(0), new_stream(1)};
+  const bool is_default = reinterpret_cast<uintptr_t>(handle) <= 2;  // null, legacy, per thread
+  return is_default ? defaults[current_device] : reinterpret_cast<Stream*>(handle);
+}
+
+inline void run_until(Stream* stream, uint64_t after) {
+  while (stream->done < after) {
+    const Task task = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    task();
+    ++stream->done;
+  }
+}
+
+inline void run(Stream* stream) { run_until(stream, stream->enqueued); }
+
+inline void run_device(int device) {
+  for (size_t i = 0; i < streams.size(); ++i) {
+    if (streams[i]->device == device) run(streams[i]);
+  }
+}
+
+inline cudaError_t enqueue(Stream* stream, Task task) {
+  if (stream->capture != nullptr) {
+    stream->capture->nodes.push_back(std::move(task));
+  } else {
+    stream->queue.push_back(std::move(task));
+    ++stream->enqueued;
+  }
+  return cudaSuccess;
+}
+
+/// Fails a call that a capture does not allow, and the capture with it, unless the calling thread
+/// is in relaxed mode. Stricter than CUDA: any capture counts, whichever thread began it.
+inline cudaError_t unsafe_in_capture() {
+  if (captures == 0 || thread_capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+  for (Stream* stream : streams) stream->invalidated |= stream->capture != nullptr;
+  return fail(cudaErrorStreamCaptureUnsupported);
+}
+
+// ---------------------------------------------------------------- memory
+
+constexpr int kHost = -1;  // the device of page-locked memory
+
+struct Memory {
+  size_t bytes;
+  int device;
+};
+
+inline auto& memories = *new std::map<uintptr_t, Memory>;
+inline size_t allocated[kDevices] = {};
+
+/// Returns the allocation that holds all of [address, address + bytes); null for pageable memory.
+inline const Memory* memory_at(const void* address, size_t bytes = 1) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  auto found = memories.upper_bound(begin);
+  if (found == memories.begin()) return nullptr;
+  --found;
+  return begin + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
+}
+
+inline cudaError_t allocate(void** address, size_t bytes, int device) {
+  const size_t rounded = (bytes + 511) / 512 * 512;
+  *address = std::aligned_alloc(512, rounded);
+  if (*address == nullptr) return fail(cudaErrorMemoryAllocation);
+  std::memset(*address, 0xff, rounded);  // NaN, in every type
+  memories[reinterpret_cast<uintptr_t>(*address)] = {bytes, device};
+  return cudaSuccess;
+}
+
+/// As cudaFree, which waits for all that is under way.
+inline cudaError_t release(void* address) {
+  if (address == nullptr) return cudaSuccess;
+  for (int device = 0; device < kDevices; ++device) run_device(device);
+  const auto found = memories.find(reinterpret_cast<uintptr_t>(address));
+  if (found == memories.end()) return fail(cudaErrorInvalidValue);
+  if (found->second.device != kHost) allocated[found->second.device] -= found->second.bytes;
+  memories.erase(found);
+  std::free(address);
+  return cudaSuccess;
+}
+
+/// Pageable memory is read at once and written before the call returns; the rest is for the stream.
+inline cudaError_t copy(void* to, const void* from, size_t bytes, Stream* stream) {
+  const bool from_pageable = memory_at(from) == nullptr, to_pageable = memory_at(to) == nullptr;
+  if (stream->capture != nullptr && (from_pageable || to_pageable)) {
+    stream->invalidated = true;
+    return fail(cudaErrorStreamCaptureUnsupported);
+  }
+  if (from_pageable) {
+    const auto* begin = static_cast<const char*>(from);
+    const auto staged = std::make_shared<std::vector<char>>(begin, begin + bytes);
+    enqueue(stream, [=] { std::memcpy(to, staged->data(), bytes); });
+  } else {
+    enqueue(stream, [=] { std::memmove(to, from, bytes); });
+  }
+  if (to_pageable) run(stream);
+  return cudaSuccess;
+}
+
+}  // namespace emulator

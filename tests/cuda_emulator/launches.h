@@ -1,0 +1,120 @@
+// How the emulated CUDA runtime runs the package's kernels: by the names that nvcc gives them.
+
+#pragma once
+
+#include <dlfcn.h>
+
+#include <random>
+#include <string>
+#include <tuple>
+
+#include "device.h"
+// clang-format off
+#include "emulator.h"  // after the C++ library, which means something else by some of its names
+// clang-format on
+
+#include "cuda/clamp.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/norm_wide.cuh"
+#include "cuda/scale.cuh"
+
+#undef gridDim  // a field of cudaLaunchConfig_t, too
+
+namespace emulator {
+
+[[noreturn]] inline void stop(const std::string& why) {
+  std::fprintf(stderr, "emulated CUDA runtime: %s\n", why.c_str());
+  std::abort();
+}
+
+/// Copies a launch's arguments, and returns what it is to do.
+using Launch = Task (*)(void** arguments, unsigned blocks, int device);
+
+struct Kernel {
+  std::string name;
+  Launch launch;  // null for kernels that are not the package's
+};
+
+inline auto& kernels = *new std::map<const void*, Kernel>;
+
+template <typename T>
+void check(const T&, int) {}
+
+template <int kCapacity>
+void check(const gradclip::LaunchTable<kCapacity>& table, int device) {
+  for (int t = 0; t < table.tensors; ++t) {
+    const size_t bytes = table.numel(t) * gradclip::item_size(table.dtype(t));
+    const Memory* memory = memory_at(table.data[t], bytes);
+    if (memory == nullptr || memory->device != device) stop("a gradient outside its device");
+  }
+}
+
+template <auto kKernel>
+struct Emulated;
+
+template <typename... Parameters, void (*kKernel)(Parameters...)>
+struct Emulated<kKernel> {
+  static Task launch(void** arguments, unsigned blocks, int device) {
+    return with_copies(arguments, blocks, device, std::index_sequence_for<Parameters...>());
+  }
+
+  template <size_t... kIndex>
+  static Task with_copies(void** arguments, unsigned blocks, int device,
+                          std::index_sequence<kIndex...>) {
+    const auto copies = std::make_shared<std::tuple<std::remove_cv_t<Parameters>...>>(
+        *static_cast<std::remove_cv_t<Parameters>*>(arguments[kIndex])...);
+    return [=] {
+      static std::minstd_rand dice;  // any block may be the last
+      (check(std::get<kIndex>(*copies), device), ...);
+      emulator::launch(blocks, dice() % blocks, [&] { kKernel(std::get<kIndex>(*copies)...); });
+    };
+  }
+};
+
+/// Enters a kernel under its mangled name, which is what nvcc registers it by.
+template <auto kKernel>
+void enter(std::map<std::string, Launch>& ours) {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(kKernel), &info) == 0 || info.dli_sname == nullptr) {
+    stop("a kernel of the emulator is not exported");
+  }
+  ours[info.dli_sname] = Emulated<kKernel>::launch;
+}
+
+template <int kCapacity>
+void enter_all(std::map<std::string, Launch>& ours) {
+  using namespace gradclip::cuda;
+  using Table = gradclip::LaunchTable<kCapacity>;
+  enter<&norm_kernel<L1, Table>>(ours);
+  enter<&norm_kernel<L2, Table>>(ours);
+  enter<&norm_kernel<LInf, Table>>(ours);
+  enter<&norm_wide_kernel<Table>>(ours);
+  enter<&scale_kernel<Table>>(ours);
+  enter<&clamp_kernel<Table>>(ours);
+}
+
+inline Launch launch_of(const std::string& name) {
+  static const auto ours = [] {
+    std::map<std::string, Launch> entered;
+    enter_all<gradclip::kSmallLaunchTensors>(entered);
+    enter_all<gradclip::kLargeLaunchTensors>(entered);
+    return entered;
+  }();
+  const auto found = ours.find(name);
+  return found == ours.end() ? nullptr : found->second;
+}
+
+inline cudaError_t launch(const void* function, dim3 grid, dim3 threads, void** arguments,
+                          cudaStream_t handle) {
+  const auto found = kernels.find(function);
+  if (found == kernels.end()) return fail(cudaErrorInvalidDeviceFunction);
+  const auto& [name, launch] = found->second;
+  if (name.find("spin_kernel") != std::string::npos) return cudaSuccess;  // torch.cuda._sleep
+  if (launch == nullptr) stop("no emulation of " + name);
+  Stream* stream = stream_of(handle);
+  if (stream->device != current_device) return fail(cudaErrorInvalidResourceHandle);
+  if (threads.x != kBlock || grid.x == 0) return fail(cudaErrorInvalidConfiguration);
+  return enqueue(stream, launch(arguments, grid.x, stream->device));
+}
+
+}  // namespace emulator

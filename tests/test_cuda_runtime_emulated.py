@@ -1,0 +1,42 @@
+"""That the emulated GPU notices what it is there to notice. `make check-cuda` runs the suite on it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import gradclip_ext
+
+if not torch.cuda.is_available() or torch.cuda.get_device_name() != "Emulated GPU":
+    pytest.skip("there is no emulated GPU: tests/cuda_emulator/run.py has one", allow_module_level=True)
+
+
+def test_a_result_is_not_there_before_it_is_waited_for() -> None:
+    on_cpu = importlib.import_module("sitecustomize").on_cpu
+    grads = [torch.full((4,), 2.0, device="cuda")]
+    torch.cuda.synchronize()
+    norm = gradclip_ext.get_total_norm(grads, backend="cuda")
+    assert on_cpu(norm) != 4.0 and not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert on_cpu(norm) == 4.0 and torch.cuda.current_stream().query()
+
+
+def test_another_stream_is_not_waited_for() -> None:
+    on_cpu = importlib.import_module("sitecustomize").on_cpu
+    grads = [torch.full((4,), 2.0, device="cuda")]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        norm = gradclip_ext.get_total_norm(grads, backend="cuda")
+    torch.cuda.current_stream().synchronize()
+    assert on_cpu(norm) != 4.0
+    torch.cuda.current_stream().wait_stream(stream)
+    assert norm.item() == 4.0
+
+
+@pytest.mark.parametrize("call", [torch.cuda.synchronize, lambda: torch.ones(2, device="cuda").cpu()])
+def test_a_capture_refuses_to_wait(call: Callable[[], object]) -> None:
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        call()
