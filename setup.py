@@ -20,6 +20,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "cuda", "cpu", "none")
+OLDEST_CAPABILITY = (7, 5)
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
@@ -98,7 +99,8 @@ def cuda_architectures():
     digits = nvcc_says("--list-gpu-arch", r"compute_(\d+)")
     known = [a for a in ARCHITECTURES if a.replace(".", "") in digits and is_known(a)]
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    visible = [f"{major}.{minor}" for major, minor in sorted(gpus)]
+    # Older ones, beside a newer one or alone, are left to the other backends: they lack instructions.
+    visible = [f"{major}.{minor}" for major, minor in sorted(gpus) if (major, minor) >= OLDEST_CAPABILITY]
     if visible and all(v.replace(".", "") in digits and is_known(v) for v in visible):
         return ";".join(visible)
     return ";".join(known) + "+PTX"

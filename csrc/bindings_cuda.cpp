@@ -39,14 +39,15 @@ struct OnDevice {
 /// The counter through which the blocks of a norm find out which of them is the last. Every norm
 /// leaves it at zero, so each stream of a device keeps one as long as the process lives: clearing
 /// it would be a kernel a step. A graph gets one of its own, which each replay clears, since other
-/// work may be under way on the stream that it was captured on; so do streams beyond the
-/// thousandth.
+/// work may be under way on the stream that it was captured on. So do calls on streams beyond the
+/// thousandth, and on those that are not torch's: one may end with work still to do, and another
+/// come by its handle.
 class Ticket {
  public:
   explicit Ticket(const OnDevice& on) {
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
-      counter_ = kept_by(on.stream);
-    }
+    const bool captured =
+        c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+    if (!captured && is_of_torch(on.stream)) counter_ = kept_by(on.stream);
     if (counter_ != nullptr) return;
     memory_ = at::zeros({1}, on.options(at::kInt));
     counter_ = static_cast<unsigned*>(memory_.data_ptr());
@@ -55,6 +56,11 @@ class Ticket {
   unsigned* counter() const { return counter_; }
 
  private:
+  /// The id of an external stream is its handle; the default stream's are both 0.
+  static bool is_of_torch(const c10::cuda::CUDAStream& stream) {
+    return stream.id() == 0 || stream.id() != reinterpret_cast<c10::StreamId>(stream.stream());
+  }
+
   static unsigned* kept_by(const c10::cuda::CUDAStream& stream) {
     static std::mutex mutex;
     static std::map<std::pair<c10::DeviceIndex, c10::StreamId>, unsigned*> counters;

@@ -96,6 +96,8 @@ def test_a_toolkit_of_another_major_version_is_an_obstacle(
         (None, [(9, 0), (8, 0), (9, 0)], "8.0;9.0"),
         (None, [], "8.0;9.0+PTX"),
         (None, [(12, 0)], "8.0;9.0+PTX"),  # a GPU that this toolkit does not know gets the PTX
+        (None, [(6, 1), (9, 0)], "9.0"),  # one for which the kernels do not compile is left out
+        (None, [(6, 1)], "8.0;9.0+PTX"),
     ],
 )
 def test_architectures(setup_py, monkeypatch, tmp_path, asked, gpus, expected):

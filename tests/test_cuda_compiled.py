@@ -14,7 +14,7 @@ ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 # Kernels per table size: three norms in float32, one in float64, scale, clamp.
 KERNELS_PER_TABLE = 6
 TABLES = 2
-MAX_REGISTERS = {"norm_kernel": 64, "norm_wide_kernel": 128, "scale_kernel": 128, "clamp_kernel": 128}
+MAX_REGISTERS = 64  # so that 4 blocks fit on a multiprocessor, as launch.cu counts on
 TOOLKIT = find_toolkit()
 
 if TOOLKIT is None:
@@ -71,7 +71,7 @@ def test_registers_and_spills(compiled, arch):
     assert len(found) == KERNELS_PER_TABLE * TABLES, report
     for kernel, registers, spilled in found:
         assert spilled == 0, f"{kernel} spills {spilled} bytes on sm_{arch}"
-        assert registers <= MAX_REGISTERS[kernel], f"{kernel} takes {registers} registers on sm_{arch}"
+        assert registers <= MAX_REGISTERS, f"{kernel} takes {registers} registers on sm_{arch}"
     # A function called from a kernel may spill, too.
     assert not re.search(r"[1-9]\d* bytes spill", report), report
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import clones, gpu_waits_are_errors, grads_of
 from oracle import assert_same_bits, parameter
+from subprocesses import run_python
 from torch import Tensor
 
 import gradclip_ext
@@ -90,6 +91,33 @@ def test_two_captures_in_one_graph_and_a_split_norm(name: str) -> None:
         assert first > 1.0 and second.item() == pytest.approx(1.0, rel=1e-3)
 
 
+FIRST_CALL_IS_CAPTURED = """
+import torch, gradclip_ext
+
+params = []
+for n in range(1, 301):  # two sizes of launches
+    params.append(torch.nn.Parameter(torch.empty(n, device="cuda")))
+    params[-1].grad = torch.full((n,), 2.0, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    norms = [gradclip_ext.get_total_norm([p.grad for p in params[:count]], 1.0) for count in (10, 300)]
+    gradclip_ext.clip_grad_value_(params, 1.0)
+    after = gradclip_ext.clip_grad_norm_(params, 1.0)
+graph.replay()
+count = sum(p.numel() for p in params)
+assert [norm.item() for norm in norms] == [110.0, 2.0 * count], norms
+assert abs(after.item() - count**0.5) < 1e-4 and abs(params[-1].grad[-1].item() - count**-0.5) < 1e-6
+print(gradclip_ext.backends.choose(None, None, [params[0].device])[params[0].device].name)
+"""
+
+
+def test_a_process_may_begin_with_a_capture() -> None:
+    """The cuda backend loads what it needs by itself; triton asks for a call before."""
+    if WHY_NOT["cuda"] is not None:
+        pytest.skip(f"cuda cannot serve this GPU: {WHY_NOT['cuda']}")
+    assert run_python("-c", FIRST_CALL_IS_CAPTURED, timeout=300, GRADCLIP_EXT_BACKEND="cuda") == "cuda\n"
+
+
 # ---------------------------------------------------------------- nothing waits
 
 
@@ -141,6 +169,17 @@ def test_streams_and_threads_have_memory_of_their_own(name: str) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_stream_that_is_not_torchs(name: str) -> None:
+    stream = torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
+    params, twins = (parameter(torch.full((100_000,), 2.0, device=GPU)) for _ in range(2))
+    expected = gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        assert torch.equal(gradclip_ext.clip_grad_norm_(twins, 1.0, backend=name), expected)
+        assert_same_bits(twins.grad, params.grad)
+    torch.cuda.synchronize()
 
 
 def test_a_stream_that_is_not_the_default_is_respected(name: str) -> None:

@@ -24,11 +24,27 @@ struct Device {
   bool large_parameters = false;
 };
 
+/// Loads the kernels of one table, whose first launch may then be captured on any driver. Fails
+/// where the binary has none for this device.
+template <typename Table>
+cudaError_t load(cudaFuncAttributes& scale) {
+  cudaFuncAttributes other;
+  cudaError_t error = cudaFuncGetAttributes(&scale, scale_kernel<Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<L1, Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<L2, Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<LInf, Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_wide_kernel<Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, clamp_kernel<Table>);
+  return error;
+}
+
 cudaError_t describe(int index, Device& device) {
   int driver = 0;
   cudaFuncAttributes scale;
-  // Loads the kernels, too: fails where the binary has none for this device.
-  cudaError_t error = cudaFuncGetAttributes(&scale, scale_kernel<LaunchTable<kSmallLaunchTensors>>);
+  cudaError_t error = load<LaunchTable<kSmallLaunchTensors>>(scale);
+#if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
+  if (error == cudaSuccess) error = load<LaunchTable<kLargeLaunchTensors>>(scale);
+#endif
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }

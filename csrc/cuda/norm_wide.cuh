@@ -19,10 +19,19 @@ __device__ inline double power(double ratio, double p) {
 
 __device__ inline bool can_divide_by(double most) { return most > 0.0 && most < INFINITY; }
 
-__device__ inline Scaled merge(Scaled a, Scaled b, double p) {
-  const double most = nan_max(a.most, b.most);
-  if (!can_divide_by(most)) return {most, 0.0};
-  return {most, a.sum * power(a.most / most, p) + b.sum * power(b.most / most, p)};
+/// The sum of a part, in units of a larger one's magnitude.
+__device__ inline double rescaled(double sum, double most, double larger, double p) {
+  return sum > 0.0 ? sum * power(most / larger, p) : 0.0;
+}
+
+/// The largest magnitude of the block's threads, in every thread. `shared` as in block_reduce.
+__device__ inline double block_most(double most, double* shared) {
+  most = block_reduce<LInf>(most, shared);
+  if (threadIdx.x == 0) shared[0] = most;
+  __syncthreads();
+  most = shared[0];
+  __syncthreads();
+  return most;
 }
 
 __device__ inline double to_double(double x) { return x; }
@@ -44,59 +53,69 @@ __device__ Scaled warp_scaled(const T* x, int length, Share share, double p, int
   most = warp_reduce<LInf>(most);
   double sum = 0.0;
   if (can_divide_by(most) && p < INFINITY) {
+    const double inverse = 1.0 / most;  // inf for the least of the subnormal numbers
     for (int tile = first; tile < length; tile += stride) {
       const int end = min(length, tile + kTileNumel<T>);
-      for (int i = tile + lane; i < end; i += kWarp) sum += power(fabs(to_double(x[i])) / most, p);
+      for (int i = tile + lane; i < end; i += kWarp) {
+        const double magnitude = fabs(to_double(x[i]));
+        sum += power(inverse < INFINITY ? magnitude * inverse : magnitude / most, p);
+      }
     }
     sum = warp_reduce<L1>(sum);
   }
   return {most, sum};
 }
 
-/// Contract: as norm_kernel, for tables of any dtype; out.partials holds one Scaled per chunk.
-template <typename Table>
-__global__ __launch_bounds__(kThreads,
-                             2) void norm_wide_kernel(const __grid_constant__ Table table,
-                                                      const __grid_constant__ NormOutput out,
-                                                      const double p) {
-  __shared__ Scaled shared[kWarps];
-  Scaled* partials = reinterpret_cast<Scaled*>(out.partials);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
-    const Share share(chunk, length * item_size(dtype), warp);
-    visit<true>(dtype, data, length, [&](auto* x, int n) {
-      const Scaled scaled = warp_scaled(x, n, share, p, lane);
-      if (lane == 0) shared[warp] = scaled;
-    });
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      Scaled total = shared[0];
-      for (int w = 1; w < kWarps; ++w) total = merge(total, shared[w], p);
-      partials[table.first_chunk + chunk] = total;
-    }
-    __syncthreads();
-  });
-  if (out.scale_follows()) let_next_kernel_launch();
-  if (out.ticket == nullptr || !is_last_block(out.ticket)) return;
-
-  // As finalize(): first every thread its share of the partials, then the threads in order.
-  __shared__ Scaled per_thread[kThreads];
-  Scaled total = {0.0, 0.0};
+/// As finalize(), in two readings of the partials: no power waits for another.
+__device__ inline void finalize_wide(const NormOutput& out, double p) {
+  __shared__ double shared[kWarps];
+  const Scaled* partials = reinterpret_cast<const Scaled*>(out.partials);
+  double most = 0.0;
   for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
-    total = merge(total, {__ldcg(&partials[i].most), __ldcg(&partials[i].sum)}, p);
+    most = nan_max(most, __ldcg(&partials[i].most));
   }
-  per_thread[threadIdx.x] = total;
-  __syncthreads();
+  most = block_most(most, shared);
+  double sum = 0.0;
+  if (can_divide_by(most)) {
+    for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
+      sum += rescaled(__ldcg(&partials[i].sum), __ldcg(&partials[i].most), most, p);
+    }
+  }
+  sum = block_reduce<L1>(sum, shared);
   if (threadIdx.x != 0) return;
-  for (int t = 1; t < kThreads; ++t) total = merge(total, per_thread[t], p);
-  const bool whole = p < INFINITY && can_divide_by(total.most);
-  const double norm = whole ? total.most * pow(total.sum, 1.0 / p) : total.most;
+  const bool whole = p < INFINITY && can_divide_by(most);
+  const double norm = whole ? most * pow(sum, 1.0 / p) : most;
   if (out.wide) {
     write_norm<double>(out, norm);
   } else {
     write_norm<float>(out, norm);
   }
+}
+
+/// Contract: as norm_kernel, for tables of any dtype; out.partials holds one Scaled per chunk.
+template <typename Table>
+__global__ __launch_bounds__(kThreads,
+                             4) void norm_wide_kernel(const __grid_constant__ Table table,
+                                                      const __grid_constant__ NormOutput out,
+                                                      const double p) {
+  __shared__ double shared[kWarps];
+  Scaled* partials = reinterpret_cast<Scaled*>(out.partials);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Run run(table.chunks(), blockIdx.x, gridDim.x);
+  for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
+    const Share share(chunk, length * item_size(dtype), warp);
+    Scaled own = {0.0, 0.0};
+    visit<true>(dtype, data, length,
+                [&](auto* x, int n) { own = warp_scaled(x, n, share, p, lane); });
+    const double most = block_most(own.most, shared);
+    const bool counts = lane == 0 && can_divide_by(most);
+    const double sum =
+        block_reduce<L1>(counts ? rescaled(own.sum, own.most, most, p) : 0.0, shared);
+    if (threadIdx.x == 0) partials[table.first_chunk + chunk] = {most, sum};
+    __syncthreads();
+  });
+  if (out.scale_follows()) let_next_kernel_launch();
+  if (out.ticket != nullptr && is_last_block(out.ticket)) finalize_wide(out, p);
 }
 
 }  // namespace gradclip::cuda

@@ -65,7 +65,8 @@ __device__ double warp_reduce(double value) {
   return value;
 }
 
-/// Thread 0 gets the result. `shared` has kWarps entries; every thread of the block takes part.
+/// Thread 0 gets the result. `shared` has kWarps entries, which are free again at the block's next
+/// barrier; every thread of the block takes part.
 template <typename Norm>
 __device__ double block_reduce(double value, double* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

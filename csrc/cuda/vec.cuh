@@ -1,7 +1,7 @@
 // Reading and writing 16-byte vectors of any gradient dtype.
 //
-// One warp moves a tile of 32 lanes x kLoads vectors = 4 KiB at a time. Which lane holds which
-// element depends on its index alone: memory without 16-byte alignment is accessed element by
+// One warp moves a tile of 32 lanes x kLoads vectors = 4 KiB at a time. In a sum, which lane holds
+// which element depends on its index alone: memory without 16-byte alignment is read element by
 // element in the same mapping, so results have the same bits at any address.
 
 #pragma once
@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "grad_list.h"
 #include "launch.h"
 
 namespace gradclip::cuda {
@@ -50,10 +51,6 @@ union Vec {
   __device__ Vec() : words{0, 0, 0, 0} {}
 };
 
-__device__ inline bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % kVecBytes == 0;
-}
-
 /// Reads once what this kernel never writes: kept out of L1, left in L2 for the scale pass.
 __device__ inline uint4 load_read_only(const void* address) {
 #ifdef __CUDA_ARCH__
@@ -67,33 +64,22 @@ __device__ inline uint4 load_read_only(const void* address) {
 #endif
 }
 
-/// The index of the first element of vector `j` of a lane in the tile that starts at `tile`.
-template <typename T>
-__device__ int vec_begin(int tile, int j, int lane) {
-  return tile + (j * kWarp + lane) * kVecNumel<T>;
-}
-
-/// Tells whether a tile can be moved in whole vectors.
-template <typename T>
-__device__ bool is_full_tile(const T* x, int tile, int length) {
-  return tile + kTileNumel<T> <= length && is_aligned(x);
-}
-
 /// Reads a lane's vectors of any tile, in the mapping of a full one; zeros from `length` on.
 template <typename T>
 __device__ void load_tile(Vec<T> (&vecs)[kLoads], const T* x, int tile, int length, int lane) {
-  if (is_full_tile(x, tile, length)) {
+  if (tile + kTileNumel<T> <= length && reinterpret_cast<uintptr_t>(x) % kVecBytes == 0) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      vecs[j].words = load_read_only(x + vec_begin<T>(tile, j, lane));
+      vecs[j].words = load_read_only(x + tile + (j * kWarp + lane) * kVecNumel<T>);
     }
     // Keeps the arithmetic behind the last load; without it only 4 loads stay in flight.
     __syncwarp();
     return;
   }
+  // Shifting aligned vectors into place would be fewer instructions, but spills registers.
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
-    const int begin = vec_begin<T>(tile, j, lane);
+    const int begin = tile + (j * kWarp + lane) * kVecNumel<T>;
 #pragma unroll
     for (int k = 0; k < kVecNumel<T>; ++k) {
       if (begin + k < length) vecs[j].items[k] = x[begin + k];
@@ -101,36 +87,44 @@ __device__ void load_tile(Vec<T> (&vecs)[kLoads], const T* x, int tile, int leng
   }
 }
 
+/// Applies `change(element) -> bool` in place to x[begin, end), one element at a time.
+template <typename T, typename Change>
+__device__ void change_each(T* x, int begin, int end, int lane, Change&& change) {
+#pragma unroll 4
+  for (int i = begin + lane; i < end; i += kWarp) {
+    T item = x[i];
+    if (change(item)) x[i] = item;
+  }
+}
+
 /// Applies `change(element) -> bool` in place to a warp's tiles of a chunk; what did not change
-/// need not be written. Full tiles go in vectors, others element by element: no result depends
-/// on which lane has it.
+/// need not be written. No result depends on which lane has it, so tiles begin at the first
+/// boundary of a vector, and what comes before goes with the first.
 template <typename T, typename Change>
 __device__ void change_tiles(T* x, int length, int first, int stride, int lane, Change&& change) {
+  const auto address = reinterpret_cast<uintptr_t>(x);
+  const int head = static_cast<int>(split_vectors(address, length, sizeof(T), kVecBytes).head);
+  if (first == 0) change_each(x, 0, head, lane, change);
+  x += head;
+  length -= head;
   for (int tile = first * kTileNumel<T>; tile < length; tile += stride * kTileNumel<T>) {
-    if (is_full_tile(x, tile, length)) {
+    if (tile + kTileNumel<T> > length) {
+      change_each(x, tile, length, lane, change);
+      return;
+    }
 #pragma unroll 1
-      for (int first_j = 0; first_j < kLoads; first_j += kLoadsInPlace) {
-        Vec<T> vecs[kLoadsInPlace];
-        T* address = x + vec_begin<T>(tile, first_j, lane);
+    for (int row = 0; row < kLoads; row += kLoadsInPlace) {
+      Vec<T> vecs[kLoadsInPlace];
+      uint4* address = reinterpret_cast<uint4*>(x + tile) + row * kWarp + lane;
 #pragma unroll
-        for (int j = 0; j < kLoadsInPlace; ++j) {
-          vecs[j].words = reinterpret_cast<const uint4*>(address)[j * kWarp];
-        }
-        __syncwarp();
+      for (int j = 0; j < kLoadsInPlace; ++j) vecs[j].words = address[j * kWarp];
+      __syncwarp();
 #pragma unroll
-        for (int j = 0; j < kLoadsInPlace; ++j) {
-          bool changed = false;
+      for (int j = 0; j < kLoadsInPlace; ++j) {
+        bool changed = false;
 #pragma unroll
-          for (int k = 0; k < kVecNumel<T>; ++k) changed |= change(vecs[j].items[k]);
-          if (changed) reinterpret_cast<uint4*>(address)[j * kWarp] = vecs[j].words;
-        }
-      }
-    } else {
-      const int end = min(length, tile + kTileNumel<T>);
-#pragma unroll 4
-      for (int i = tile + lane; i < end; i += kWarp) {
-        T item = x[i];
-        if (change(item)) x[i] = item;
+        for (int k = 0; k < kVecNumel<T>; ++k) changed |= change(vecs[j].items[k]);
+        if (changed) address[j * kWarp] = vecs[j].words;
       }
     }
   }
