@@ -37,6 +37,9 @@ CUDA_CHECKOUT := build/cuda/checkout
 # benchmarks/ and the build tests use the sources, which are not what is tested there.
 NOT_OF_A_WHEEL := $(addprefix --ignore=tests/test_,build.py examples.py) --ignore-glob='tests/test_benchmarks*'
 
+NOT_EMULATED := $(NOT_OF_A_WHEEL) $(addprefix --ignore=tests/test_,accuracy.py cuda_build.py \
+  cuda_compiled.py cuda_emulated.py triton_compiled.py triton_interpreted.py)
+
 .PHONY: test test-sanitize test-gpu sanitize-gpu check-cuda bench lint format clean
 
 test: $(READY)
@@ -62,8 +65,9 @@ check-cuda: .venv-cuda/.ready
 	  assert '.venv-cuda' in c.__file__ and b.CUDA, c.__file__; print('testing', c.__file__)"
 	$(CUDA_RUN) -m gradclip_ext.info
 	cd $(CUDA_CHECKOUT) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest $(NOT_OF_A_WHEEL)
-	cd $(CUDA_CHECKOUT) && $(CUDA_RUN) tests/cuda_emulator/run.py -k "cuda and not triton" $(NOT_OF_A_WHEEL) \
-	  $(addprefix --ignore=tests/test_,accuracy.py cuda_build.py cuda_compiled.py cuda_emulated.py)
+	cd $(CUDA_CHECKOUT) && $(CUDA_RUN) tests/cuda_emulator/run.py -k "cuda and not triton" $(NOT_EMULATED)
+	cd $(CUDA_CHECKOUT) && TRITON_INTERPRET=1 PYTHONPATH=tests $(CUDA_RUN) tests/cuda_emulator/run.py \
+	  -p triton_interpreted -p triton_emulated -k "triton and cuda" $(NOT_EMULATED)
 
 .venv-cuda/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda

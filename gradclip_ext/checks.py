@@ -1,5 +1,8 @@
 """What may be passed in: every exception about an argument or a gradient is raised here.
 
+Numbers are compared rather than asked by math.isnan() and the like: torch.compile cannot trace those
+for a number that changes from call to call.
+
 All checks run before the first gradient is touched, so a call that raises has changed
 nothing. The passing path costs about half a microsecond per gradient; what to say about
 an offender is worked out only once there is one.
@@ -10,11 +13,13 @@ from __future__ import annotations
 import math
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradclip_ext.tracing import operations_are_followed
 
 DTYPES = frozenset(
     (
@@ -40,8 +45,8 @@ def as_float(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
-            f"{name} must be a number (int, float, numeric string or one-element tensor), "
-            f"got {_describe(value)}"
+            f"{name} must be a number (int, float, numeric string or one-element tensor with a value) "
+            f"that a float can hold, got {_describe(value)}"
         ) from error
 
 
@@ -59,10 +64,10 @@ def as_bounds(min: Any, max: Any) -> tuple[float, float]:
         raise ValueError("min and max are both None, so nothing would be clamped: pass at least one")
     low = -math.inf if min is None else as_float("min", min)
     high = math.inf if max is None else as_float("max", max)
-    if math.isnan(low) or math.isnan(high):
-        raise ValueError(f"min and max must not be NaN, got min={low}, max={high}")
     if low > high:
         raise ValueError(f"min must not exceed max, got min={low}, max={high}")
+    if not low <= high:
+        raise ValueError(f"min and max must not be NaN, got min={low}, max={high}")
     return low, high
 
 
@@ -75,10 +80,11 @@ def as_list(name: str, tensors: Any) -> list[Any]:
     if isinstance(tensors, torch.nn.Module) and not isinstance(tensors, torch.nn.ParameterList):
         raise TypeError(
             f"{name} must be a Tensor or an iterable of Tensors, got the module "
-            f"{type(tensors).__name__}: pass module.parameters()"
+            f"{type(tensors).__name__}: pass {_of_a_module(name)}"
         )
-    if isinstance(tensors, str) or not isinstance(tensors, Iterable):
-        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}")
+    if isinstance(tensors, (str, Mapping)) or not isinstance(tensors, Iterable):
+        hint = ": pass its values()" if isinstance(tensors, Mapping) else ""
+        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}{hint}")
     result = list(tensors)
     if not result and isinstance(tensors, types.GeneratorType):
         warnings.warn(
@@ -147,9 +153,9 @@ def _all_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def readable(tensors: Sequence[Tensor]) -> set[torch.dtype]:
-    """Return the dtypes; raise unless every tensor is strided, of an allowed dtype and without lazy bits."""
+    """Return the dtypes; raise unless every tensor is strided and of an allowed dtype."""
     dtypes = {t.dtype for t in tensors}
-    if dtypes <= DTYPES and {t.layout for t in tensors} <= {torch.strided} and not _any_lazy(tensors, dtypes):
+    if dtypes <= DTYPES and {t.layout for t in tensors} <= {torch.strided}:
         return dtypes
     for index, tensor in enumerate(tensors):
         where = f"gradient {index} (shape {tuple(tensor.shape)})"
@@ -161,20 +167,7 @@ def readable(tensors: Sequence[Tensor]) -> set[torch.dtype]:
         if tensor.dtype not in DTYPES:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in DTYPES))
             raise TypeError(f"{where} has dtype {tensor.dtype}; allowed are {names}: convert it first")
-        if tensor.is_conj() or tensor.is_neg():
-            raise RuntimeError(
-                f"{where} is a lazy conjugate or negative view: call resolve_conj() or "
-                "resolve_neg() on it first"
-            )
     return dtypes
-
-
-def _any_lazy(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> bool:
-    if torch.compiler.is_compiling():  # tracing resolves lazy bits by itself, and cannot ask for them
-        return False
-    if any(map(Tensor.is_neg, tensors)):
-        return True
-    return not dtypes.isdisjoint(_COMPLEX) and any(map(Tensor.is_conj, tensors))
 
 
 def writable(tensors: Sequence[Tensor]) -> None:
@@ -187,6 +180,12 @@ def writable(tensors: Sequence[Tensor]) -> None:
             raise RuntimeError(
                 f"gradient {index} (shape {tuple(tensors[index].shape)}) is an inference tensor, which "
                 "cannot be changed outside of inference mode: clone() it first, or clip inside the mode"
+            )
+        if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
+            index = next(i for i, t in enumerate(tensors) if t.is_neg() or t.is_conj())
+            raise RuntimeError(
+                f"gradient {index} (shape {tuple(tensors[index].shape)}) is a lazy conjugate or negative "
+                "view: call resolve_conj() or resolve_neg() on it first"
             )
         irregular = [] if all(map(Tensor.is_contiguous, tensors)) else list(tensors)
     for index, tensor in enumerate(irregular):
@@ -206,7 +205,7 @@ def representable(dtypes: Iterable[torch.dtype], *bounds: float) -> None:
             raise RuntimeError(f"clamping is not defined for complex gradients, got {dtype}")
         limit = torch.finfo(dtype).max
         for bound in bounds:
-            if math.isfinite(bound) and abs(bound) > limit:
+            if limit < abs(bound) < math.inf:
                 raise RuntimeError(
                     f"the bound {bound} cannot be represented in {dtype} without overflow "
                     f"(largest value {limit}): use a smaller bound, or inf for none"
@@ -219,7 +218,7 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
     A tied weight listed twice is one parameter. Zero-size tensors and tensors without
     memory of their own (data_ptr 0) are never duplicates.
     """
-    if torch.compiler.is_compiling():  # no pointers while tracing: one object is one gradient
+    if operations_are_followed():  # there may be no pointers: one object is one gradient
         return list(dict.fromkeys(tensors))
     pointers = list(map(Tensor.data_ptr, tensors))
     if len(set(pointers)) == len(pointers):
@@ -266,12 +265,21 @@ def _raise_not_a_tensor(name: str, elements: Sequence[Any]) -> None:
         if isinstance(element, tuple):
             hint = ": pass module.parameters(), not named_parameters()"
         elif isinstance(element, torch.nn.Module):
-            hint = ": pass module.parameters()"
+            hint = f": pass {_of_a_module(name)}"
+        elif isinstance(element, dict) and "params" in element:
+            hint = ": pass [p for group in optimizer.param_groups for p in group['params']]"
         elif isinstance(element, (list, set, dict)):
             hint = ": flatten nested lists first"
         raise TypeError(
             f"every element of {name} must be a Tensor, got {_describe(element)} at position {index}{hint}"
         )
+
+
+def _of_a_module(name: str) -> str:
+    # get_total_norm of its parameters would be the norm of the weights.
+    if name == "tensors":
+        return "[p.grad for p in module.parameters() if p.grad is not None]"
+    return "module.parameters()"
 
 
 def _describe(value: Any) -> str:

@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm as _torch_get_total_norm
 from gradclip_ext import backends, checks
 from gradclip_ext.backends import Backend
 from gradclip_ext.backends.foreach import clip_coef
+from gradclip_ext.tracing import operations_are_followed
 
 Tensors = Tensor | Iterable[Tensor]
 Serving = dict[torch.device, Backend]
@@ -347,14 +348,14 @@ def _combined(norms: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def _scale_(serving: Serving, grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
-    if math.isinf(max_norm):  # only report: even a NaN norm must not turn into a NaN coefficient
-        if not torch.compiler.is_compiling():
+    if max_norm == math.inf:  # only report: even a NaN norm must not turn into a NaN coefficient
+        if not operations_are_followed():
             torch.autograd.graph.increment_version(grads)
         return
     coef = clip_coef(norm, max_norm)
     for device, group in _by_device(serving, grads).items():
         # From the CPU, a copy would wait for the device; a number that the host knows is filled in.
-        moves = coef.is_cpu and device.type != "cpu" and not torch.compiler.is_compiling()
+        moves = coef.is_cpu and device.type != "cpu" and not operations_are_followed()
         there = coef.new_full((), coef.item(), device=device) if moves else coef.to(device)
         serving[device].scale_(group, there)
 

@@ -67,11 +67,14 @@ def register_clamp_hook(
         TypeError: an element is not a tensor.
         ValueError: both bounds are None, one is NaN, or min exceeds max.
         RuntimeError: a finite bound is beyond the range of a parameter's dtype, or a
-            parameter is complex.
+            parameter is complex. No exception leaves a hook behind.
 
     Note:
         Never synchronises; one read and one write of each gradient on the stream of its
         backward. Differentiable, so it also works with ``create_graph=True``. NaN stays NaN.
+        Hooks are on these tensors, as all of torch's are: not on those of a ``copy.deepcopy``, nor
+        on those that FSDP's ``fully_shard`` puts in their place afterwards, and a parameter that is
+        frozen now and not later has none.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
@@ -92,5 +95,12 @@ def register_clamp_hook(
     def clamp(grad: Tensor) -> Tensor:
         return torch.clamp(grad, low, high)
 
-    once = {id(t): t for t in tensors}
-    return ClampHandle([t.register_hook(clamp) for t in once.values()])
+    hooks: list[RemovableHandle] = []
+    handle = ClampHandle(hooks)
+    try:
+        for tensor in {id(t): t for t in tensors}.values():
+            hooks.append(tensor.register_hook(clamp))
+    except Exception:  # of a lazy module's parameter, for one
+        handle.remove()
+        raise
+    return handle

@@ -40,6 +40,12 @@ FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
     "clip_grads_with_norm_": lambda ps: gradclip_ext.clip_grads_with_norm_(ps, 1.0, ps[0].grad.abs().sum()),
 }
 NORM_TYPES = (0.0, 0.5, 1.0, 3.0, math.inf, -math.inf)
+THRESHOLDS: dict[str, Callable[[list[Tensor], float], Any]] = {
+    "clip_grad_norm_": gradclip_ext.clip_grad_norm_,
+    "clip_grad_value_": gradclip_ext.clip_grad_value_,
+    "clamp_grad_": lambda ps, most: gradclip_ext.clamp_grad_(ps, -2 * most, most),
+    "clip_grads_with_norm_": lambda ps, most: gradclip_ext.clip_grads_with_norm_(ps, most, ps[0].grad.norm()),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +80,23 @@ def assert_like_eager(
 
 def compiled_with(compiler: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, backend=compiler, fullgraph=True)
+
+
+@over_compilers
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_a_threshold_that_changes(name: str, compiler: str) -> None:
+    """From its second value on, a float is no constant of the compiled code any more."""
+    compiled = compiled_with(compiler, THRESHOLDS[name])
+    grads = [random(5, 3), random(7)]
+    for most in (0.5, 0.25, 0.125, math.inf, 2, 3):
+        assert_like_eager(
+            lambda ps, most=most: compiled(ps, most),
+            lambda ps, most=most: THRESHOLDS[name](ps, most),
+            grads,
+            f"{name}, {most}",
+        )
+    with oracle.unchanged(grads), pytest.raises(Exception, match="exception"):  # that of as_threshold
+        compiled([parameter(g) for g in grads], -1.0)
 
 
 @over_compilers

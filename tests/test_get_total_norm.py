@@ -42,6 +42,24 @@ def test_expanded_tensors_count_every_element(backend: Target, norm_type: float)
         oracle.assert_norm(backend.get_total_norm(tensors, norm_type), tensors, norm_type)
 
 
+def test_lazy_conjugates_and_negatives(backend: Target) -> None:
+    """What backward gives a complex weight that is used by its conjugate."""
+    conjugate = backend.random(3, 5, dtype=torch.complex64).conj()
+    assert conjugate.is_conj() and conjugate.imag.is_neg()
+    for norm_type in NORM_TYPES:
+        for lazy in (conjugate, conjugate.imag):
+            tensors = [backend.random(4), lazy]
+            oracle.assert_norm(backend.get_total_norm(tensors, norm_type), tensors, norm_type)
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_norm_of_zeros_is_positive(backend: Target, norm_type: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        for zeros in (torch.zeros(6, dtype=dtype), torch.zeros(6, dtype=dtype)[::2], -torch.zeros(3)):
+            norm = backend.get_total_norm([zeros.to(backend.device)], norm_type)
+            oracle.assert_same_bits(norm.cpu(), torch.tensor(0.0))
+
+
 @pytest.mark.parametrize("empty", [[], (), {}.values(), iter([])], ids=lambda e: type(e).__name__)
 def test_nothing_gives_a_new_zero(empty: object) -> None:
     with warnings.catch_warnings():

@@ -230,6 +230,14 @@ def test_discarded_handle_keeps_the_hook_and_the_hook_no_parameter() -> None:
     handle.remove()
 
 
+def test_an_exception_leaves_no_hook_behind() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LazyLinear(1))
+    with pytest.raises(ValueError, match="uninitialized parameter"):
+        register_clamp_hook(model, -1e-3, 1e-3)
+    model[0](torch.ones(1, 3)).sum().backward()
+    assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
+
+
 def test_bounds_are_read_once() -> None:
     """A bound given as a tensor is a number from then on: changing the tensor changes nothing."""
     param, grad, high = weight(5), random(5) * 10, torch.tensor(HIGH, dtype=torch.float64)

@@ -19,6 +19,7 @@ from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 from gradclip_ext.backends.triton import TritonBackend
 from gradclip_ext.backends.triton_fused import FusedTriton
+from gradclip_ext.tracing import operations_are_followed
 
 
 class Backend(Protocol):
@@ -132,7 +133,7 @@ def choose(
             )
         if foreach is False:
             serving[device] = _LOOP
-        elif torch.compiler.is_compiling():  # Inductor fuses torch's operations by itself
+        elif operations_are_followed():  # kernels would escape; Inductor fuses by itself
             serving[device] = ALL["foreach"]
         elif asked is None:
             serving[device] = _first_usable(device)

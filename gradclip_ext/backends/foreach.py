@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 from torch.utils._foreach_utils import _device_has_foreach_support
 
+from gradclip_ext.tracing import operations_are_followed
+
 # Elements of one row of a float32 reduction. torch keeps 8 running sums a row, so 64 roundings
 # follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
 # Tensors of one constant come closest, with 5e-7. Rows are then added in float64.
@@ -93,7 +95,7 @@ class ForeachBackend:
 
 
 def _host_sees(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not operations_are_followed()
 
 
 # ---------------------------------------------------------------- values the host can see
@@ -101,9 +103,9 @@ def _host_sees(tensor: Tensor) -> bool:
 
 def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     if math.isnan(p):
-        return torch.tensor(math.nan)
+        return torch.tensor(math.nan, device="cpu")
     if p == 0.0:
-        return torch.tensor(float(sum(_has_nonzero(t) for t in tensors)))
+        return torch.tensor(float(sum(_has_nonzero(t) for t in tensors)), device="cpu")
     if math.isinf(p):
         return _extreme(tensors, p, small)
     total, numel = _sum_of_powers(tensors, p, small)
@@ -111,7 +113,7 @@ def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     least = _LEAST_MEAN_FLOAT32 if p in (1.0, 2.0) else _LEAST_MEAN_FLOAT64
     if not least <= mean < math.inf:
         return _rescaled_norm(tensors, p, small)
-    return torch.tensor(total, dtype=torch.float64).pow(1.0 / p)
+    return torch.tensor(total, dtype=torch.float64, device="cpu").pow(1.0 / p)
 
 
 def _has_nonzero(tensor: Tensor) -> bool:
@@ -124,7 +126,7 @@ def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     pivot = _extreme(tensors, math.copysign(math.inf, p), small)
     if pivot == 0.0 or not torch.isfinite(pivot):
         return pivot
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for piece in _pieces(tensors, _PIECE, small):
         total += piece.to(torch.float64, copy=True).abs_().div_(pivot).pow_(p).sum()
     return pivot * total.pow(1.0 / p)
@@ -175,10 +177,10 @@ def _extreme(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     for piece in _pieces(tensors, _SPAN if p > 0 else _PIECE, small):
         if p > 0:
             low, high = torch.aminmax(piece)
-            found.append(torch.maximum(low.neg(), high).item())
+            found.append(torch.maximum(low.abs(), high.abs()).item())
         else:
             found.append(piece.abs().amin().item())
-    values = torch.tensor(found, dtype=torch.float64)
+    values = torch.tensor(found, dtype=torch.float64, device="cpu")
     return values.amax() if p > 0 else values.amin()
 
 
@@ -273,13 +275,14 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
 
     On the CPU and under torch.compile that is the whole list. An accelerator's fused kernels
     want one dtype and no gaps, and their launches run over all tensors at once, so tensors
-    that share memory are handled one after the other.
+    that share memory are handled one after the other; so are those that may have none, and
+    torch.func.vmap knows no foreach.
     """
     if not tensors:
         return []
     if batched and (torch.compiler.is_compiling() or _host_sees(tensors[0])):
         return [list(tensors)]
-    if not batched or _share_memory(tensors):
+    if not batched or operations_are_followed() or _share_memory(tensors):
         return [[t] for t in tensors]
     groups: dict[torch.dtype, list[Tensor]] = {}
     alone: list[list[Tensor]] = []

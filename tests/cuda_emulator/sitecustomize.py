@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,15 +120,20 @@ class OnCpu:
             twin.copy_(values)
         outputs = tree_flatten(results)[0]
 
-        def node(_: Any) -> None:
+        def node() -> None:
             for output, value in zip(outputs, tree_flatten(call.run())[0]):
                 if isinstance(output, Tensor) and output.is_cuda:
                     on_cpu(output).copy_(value)
 
-        kept.append(HOST_FUNCTION(node))
         with torch.cuda.device(call.device):
-            assert RUNTIME.cudaLaunchHostFunc(_current_stream(), kept[-1], None) == 0
+            enqueue(node)
         return results
+
+
+def enqueue(function: Callable[[], object]) -> None:
+    """Let the current stream call a function when it comes to it."""
+    kept.append(HOST_FUNCTION(lambda _: function()))
+    assert RUNTIME.cudaLaunchHostFunc(_current_stream(), kept[-1], None) == 0
 
 
 def _current_stream() -> ctypes.c_void_p:

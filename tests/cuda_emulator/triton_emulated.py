@@ -1,0 +1,60 @@
+"""A pytest plugin: the triton backend on the emulated GPU, its kernels interpreted in stream order.
+
+    export TRITON_INTERPRET=1 PYTHONPATH=tests
+    python tests/cuda_emulator/run.py -p triton_interpreted -p triton_emulated
+
+What Triton compiles, and how that is launched, is not tested here but in test_triton_compiled.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sitecustomize as emulated
+import torch
+from torch import Tensor
+
+from gradclip_ext.backends.triton import TritonBackend, _Launch
+
+NOT_HERE = {
+    "threads": "a thread that interprets waits for Python's lock, and holds the emulator's",
+    "agrees_with_the_other_backend": "the interpreter truncates float32 to bfloat16",
+    "test_same_bits_as_torch[triton-cuda-bfloat16]": "the same",
+    "holds[triton-1630]": "minutes",
+    "holds[triton-1631]": "minutes",
+    "holds[triton-10000]": "an hour",
+}
+
+_load, _start_of = TritonBackend._load, TritonBackend._start_of
+
+
+def _load_for_the_emulator(self: TritonBackend, device: torch.device) -> str | None:
+    reason = _load(self, device)
+    return None if reason is not None and "cannot read GPU memory" in reason else reason
+
+
+def _enqueue_interpretation(
+    self: TritonBackend, launch: _Launch, given: tuple[Any, ...]
+) -> Callable[..., None]:
+    if not any(isinstance(a, Tensor) and a.is_cuda for a in launch.arguments):
+        return _start_of(self, launch, given)
+
+    def start(*given: Any) -> None:
+        named = {**launch.constants, **launch.options}
+        arguments = [emulated.on_cpu(a) if isinstance(a, Tensor) else a for a in (*given, *launch.arguments)]
+        emulated.enqueue(lambda: launch.kernel[(launch.programs,)](*arguments, **named))
+
+    return start
+
+
+TritonBackend._load = _load_for_the_emulator  # type: ignore[method-assign]
+TritonBackend._start_of = _enqueue_interpretation  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for part, reason in NOT_HERE.items():
+            if part in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))

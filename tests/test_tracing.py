@@ -1,0 +1,117 @@
+"""Under a tracer, torch.func or a dispatch mode: torch's operations alone, and nothing depends on a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import random
+from oracle import parameter
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import gradclip_ext
+from gradclip_ext.tracing import operations_are_followed
+
+ORDERS = (0.0, 1.0, 2.0, 3.0, math.inf)
+
+
+def clipped(grads: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, list[Tensor]]:
+    params = [torch.nn.Parameter(torch.empty(g.shape)) for g in grads]
+    for param, grad in zip(params, grads):
+        param.grad = grad.clone()
+    norm = gradclip_ext.clip_grad_norm_(params, 1.0, norm_type)
+    gradclip_ext.clamp_grad_(params, -0.2, 0.3)
+    return norm, [p.grad for p in params]
+
+
+def assert_clipped_alike(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0)
+
+
+def test_what_counts_as_followed() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(operations_are_followed())
+        return x * 2
+
+    look(torch.ones(2))
+    with torch.no_grad(), torch.autocast("cpu"), torch.device("cpu"):
+        look(torch.ones(2))
+    assert seen == [False, False]
+    torch.func.vmap(look)(torch.ones(2))
+    torch.func.grad(lambda x: look(x).sum())(torch.ones(2))
+    torch.jit.trace(look, (torch.ones(2),), check_trace=False)
+    make_fx(look)(torch.ones(2))
+    with FlopCounterMode(display=False):
+        look(torch.ones(2))
+    assert seen == [False, False, True, True, True, True, True]
+
+
+@pytest.mark.parametrize("norm_type", ORDERS)
+@pytest.mark.parametrize("trace", [make_fx, torch.jit.trace], ids=["make_fx", "jit"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_for_other_values(trace: Callable[..., Any], norm_type: float) -> None:
+    """One with nothing to clip serves gradients that have to be."""
+
+    def step(a: Tensor, b: Tensor) -> list[Tensor]:
+        norm, grads = clipped([a, b], norm_type)
+        return [norm, *grads]
+
+    small = [random(3, 2) * 1e-4, random(7) * 1e-4]
+    traced = trace(step)(*small) if trace is make_fx else trace(step, tuple(small), check_trace=False)
+    for scale in (1e-4, 1.0, 50.0):
+        grads = [random(3, 2) * scale, random(7) * scale]
+        assert_clipped_alike(list(traced(*grads)), step(*grads))
+
+
+@pytest.mark.parametrize("norm_type", ORDERS)
+def test_torch_func(norm_type: float) -> None:
+    batch = random(4, 3, 2)
+    norms = torch.func.vmap(lambda grad: gradclip_ext.get_total_norm([grad], norm_type))(batch)
+    for norm, grad in zip(norms, batch):
+        oracle.assert_norm(norm, [grad], norm_type)
+
+    def loss(x: Tensor) -> Tensor:
+        norm, (grad,) = clipped([x.detach() * 3], norm_type)
+        return (grad * x).sum() * norm
+
+    x = random(5)
+    norm, (grad,) = clipped([x * 3], norm_type)
+    assert_clipped_alike(torch.func.grad(loss)(x), grad * norm)
+
+
+def test_a_mode_that_fakes() -> None:
+    param = parameter(random(3))
+    with oracle.unchanged([param.grad]), FakeTensorMode(allow_non_fake_inputs=True):
+        norm = gradclip_ext.clip_grad_norm_([param], 1e-3)
+    assert norm.shape == ()
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e6, math.inf])
+def test_saved_tensors_that_may_be_changed(max_norm: float) -> None:
+    """The mode keeps a copy of what was saved when it sees a change, and believes version counters."""
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        x, param = torch.ones(2, requires_grad=True), parameter(random(2))
+        before = param.grad.clone()
+        product = (x * param.grad).sum()
+        gradclip_ext.clip_grad_norm_([param], max_norm)
+        with torch.no_grad():
+            param.grad.mul_(7)
+        product.backward()
+    oracle.assert_same_bits(x.grad, before)
+
+
+@pytest.mark.parametrize("norm_type", (*ORDERS, -1.0))
+def test_a_default_device(norm_type: float) -> None:
+    grads = [random(9)[::2], random(3), torch.view_as_complex(random(4, 2))]
+    expected = gradclip_ext.get_total_norm(grads, norm_type)
+    with torch.device("meta"):
+        oracle.assert_same_bits(gradclip_ext.get_total_norm(grads, norm_type), expected)
