@@ -7,6 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -49,10 +50,13 @@ struct Stream {
   bool invalidated = false;  // a call came that no capture allows
 };
 
+using Clock = std::chrono::steady_clock;
+
 /// A point of a stream; of none before it is recorded.
 struct Event {
   Stream* stream = nullptr;
   uint64_t after = 0;
+  std::shared_ptr<Clock::time_point> reached = std::make_shared<Clock::time_point>();
 };
 
 inline auto& streams = *new std::vector<Stream*>;

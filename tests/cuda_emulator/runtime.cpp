@@ -258,8 +258,11 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, unsigned) {
   LOCKED;
-  Stream* stream = stream_of(handle);
-  *reinterpret_cast<Event*>(event) = {stream, stream->enqueued};
+  Event recorded;
+  recorded.stream = stream_of(handle);
+  enqueue(recorded.stream, [reached = recorded.reached] { *reached = Clock::now(); });
+  recorded.after = recorded.stream->enqueued;
+  *reinterpret_cast<Event*>(event) = recorded;
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -277,6 +280,16 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (const auto error = unsafe_in_capture()) return error;
   const Event event = *reinterpret_cast<Event*>(handle);
   if (event.stream != nullptr) run_until(event.stream, event.after);
+  return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+  LOCKED;
+  const Event first = *reinterpret_cast<Event*>(begin), last = *reinterpret_cast<Event*>(end);
+  for (const Event& event : {first, last}) {
+    if (event.stream == nullptr) return fail(cudaErrorInvalidResourceHandle);
+    if (event.stream->done < event.after) return fail(cudaErrorNotReady);
+  }
+  *milliseconds = std::chrono::duration<float, std::milli>(*last.reached - *first.reached).count();
   return cudaSuccess;
 }
 
