@@ -68,13 +68,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def clips(device: torch.device) -> dict[str, Clip]:
-    """Return torch's clipping and that of every backend that is usable on the device, by name."""
+    """Return torch's clipping and that of every backend that serves the device, by name.
+
+    Each is tried first, because a Triton without a C compiler shows only then: it is left out, with the
+    reason, and the others train.
+    """
     found, _ = implementations.available(device)
-    return {
-        name: implementation.functions["clip_grad_norm_"]
-        for name, implementation in found.items()
-        if name == BASELINE or name.startswith(OURS)
-    }
+    serving = {}
+    for name, implementation in found.items():
+        if name != BASELINE and not name.startswith(OURS):
+            continue
+        clip = implementation.functions["clip_grad_norm_"]
+        parameter = torch.nn.Parameter(torch.ones(2, device=device))
+        parameter.grad = torch.ones(2, device=device)
+        try:
+            clip([parameter], 1.0)
+        except Exception as error:
+            print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            serving[name] = clip
+    return serving
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

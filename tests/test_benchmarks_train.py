@@ -15,6 +15,7 @@ from benchmarks import plot, train, training, training_results
 from benchmarks.gpt import GPT, SHAPES
 from benchmarks.shapes import CASES
 from benchmarks.training_results import Training
+from gradclip_ext import backends
 
 SHORT = ["--device", "cpu", "--steps", "6", "--batch", "2"]
 
@@ -32,6 +33,18 @@ def test_training_agrees_and_reports(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(found.unclipped.step_ms) == 6
     assert training_results.is_one(path)
     assert f"differ by {found.difference():.1e} at most" in training_results.sentence(path)
+
+
+def test_a_backend_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(backends.ALL["foreach"], "norm", fails)
+    named = train.clips(torch.device("cpu"))
+    assert "torch.nn.utils" in named and "gradclip_ext[foreach]" not in named
+    assert "gradclip_ext[foreach] is left out: RuntimeError: no C compiler" in capsys.readouterr().err
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
