@@ -66,6 +66,7 @@ check-cuda: .venv-cuda/.ready
 	$(CUDA_RUN) -m gradclip_ext.info
 	cd $(CUDA_CHECKOUT) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest $(NOT_OF_A_WHEEL)
 	cd $(CUDA_CHECKOUT) && $(CUDA_RUN) tests/cuda_emulator/run.py -k "cuda and not triton" $(NOT_EMULATED)
+	cd $(CUDA_CHECKOUT) && PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(CUDA_RUN) tests/cuda_emulator/run.py tests/test_sanitized.py
 	cd $(CUDA_CHECKOUT) && TRITON_INTERPRET=1 PYTHONPATH=tests $(CUDA_RUN) tests/cuda_emulator/run.py \
 	  -p triton_interpreted -p triton_emulated -k "triton and cuda" $(NOT_EMULATED)
 

@@ -72,7 +72,7 @@ def as_bounds(min: Any, max: Any) -> tuple[float, float]:
 
 
 def as_list(name: str, tensors: Any) -> list[Any]:
-    """Return the iterable (or single tensor) as a list; an empty generator warns, as torch does."""
+    """Return the iterable (or single tensor) as a list; as in torch, no parameters from a generator warn."""
     if type(tensors) is list:  # the usual case, and a copy would touch every tensor
         return tensors
     if isinstance(tensors, Tensor):
@@ -86,7 +86,7 @@ def as_list(name: str, tensors: Any) -> list[Any]:
         hint = ": pass its values()" if isinstance(tensors, Mapping) else ""
         raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}{hint}")
     result = list(tensors)
-    if not result and isinstance(tensors, types.GeneratorType):
+    if not result and isinstance(tensors, types.GeneratorType) and name != "tensors":
         warnings.warn(
             f"`{name}` is an empty generator, no gradient clipping will occur.",
             stacklevel=3,  # as_list, the public function, the caller

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import REAL_DTYPES, SEED, name_of
+from oracle import parameter
 from torch import Tensor
 
 import gradclip_ext
@@ -27,12 +28,7 @@ testing = _core.C._testing
 
 
 def with_grads(*grads: Tensor) -> list[torch.nn.Parameter]:
-    params = []
-    for grad in grads:
-        value = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        params.append(torch.nn.Parameter(value, requires_grad=False))
-        params[-1].grad = grad
-    return params
+    return [parameter(grad) for grad in grads]
 
 
 # ---------------------------------------------------------------- index arithmetic

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from subprocesses import run_python
 
 import gradclip_ext
 
@@ -34,6 +35,19 @@ def test_another_stream_is_not_waited_for() -> None:
     assert on_cpu(norm) != 4.0
     torch.cuda.current_stream().wait_stream(stream)
     assert norm.item() == 4.0
+
+
+WRITES_TOO_FAR = """
+import ctypes, torch
+tensor = torch.empty(100, dtype=torch.uint8, device="cuda")
+ctypes.memset(tensor.data_ptr() + 100, 0, 1)
+del tensor
+"""
+
+
+def test_a_write_behind_an_allocation_ends_the_process() -> None:
+    with pytest.raises(AssertionError, match="behind the end of an allocation"):
+        run_python("-c", WRITES_TOO_FAR, timeout=100, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 @pytest.mark.parametrize("call", [torch.cuda.synchronize, lambda: torch.ones(2, device="cuda").cpu()])

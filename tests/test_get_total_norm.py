@@ -60,7 +60,10 @@ def test_norm_of_zeros_is_positive(backend: Target, norm_type: float) -> None:
             oracle.assert_same_bits(norm.cpu(), torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("empty", [[], (), {}.values(), iter([])], ids=lambda e: type(e).__name__)
+NOTHING = ([], (), {}.values(), iter([]), (t for t in ()))
+
+
+@pytest.mark.parametrize("empty", NOTHING, ids=lambda e: type(e).__name__)
 def test_nothing_gives_a_new_zero(empty: object) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,8 +7,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -16,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -131,11 +134,19 @@ inline const Memory* memory_at(const void* address, size_t bytes = 1) {
   return begin + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
 }
 
+[[noreturn]] inline void stop(const std::string& why) {
+  std::fprintf(stderr, "emulated CUDA runtime: %s\n", why.c_str());
+  std::abort();
+}
+
+constexpr size_t kGuardBytes = 64;  // behind every allocation, to be as they were when it is freed
+constexpr int kNan = 0xff;          // bytes of a NaN in every type
+
 inline cudaError_t allocate(void** address, size_t bytes, int device) {
-  const size_t rounded = (bytes + 511) / 512 * 512;
+  const size_t rounded = (bytes + kGuardBytes + 511) / 512 * 512;
   *address = std::aligned_alloc(512, rounded);
   if (*address == nullptr) return fail(cudaErrorMemoryAllocation);
-  std::memset(*address, 0xff, rounded);  // NaN, in every type
+  std::memset(*address, kNan, rounded);
   memories[reinterpret_cast<uintptr_t>(*address)] = {bytes, device};
   return cudaSuccess;
 }
@@ -146,7 +157,13 @@ inline cudaError_t release(void* address) {
   for (int device = 0; device < kDevices; ++device) run_device(device);
   const auto found = memories.find(reinterpret_cast<uintptr_t>(address));
   if (found == memories.end()) return fail(cudaErrorInvalidValue);
-  if (found->second.device != kHost) allocated[found->second.device] -= found->second.bytes;
+  const auto [bytes, device] = found->second;
+  const auto* guard = static_cast<const unsigned char*>(address) + bytes;
+  if (!std::all_of(guard, guard + kGuardBytes, [](unsigned char byte) { return byte == kNan; })) {
+    stop("written behind the end of an allocation");
+  }
+  if (device != kHost) allocated[device] -= bytes;
+  std::memset(address, kNan, bytes);
   memories.erase(found);
   std::free(address);
   return cudaSuccess;

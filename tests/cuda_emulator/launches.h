@@ -22,11 +22,6 @@
 
 namespace emulator {
 
-[[noreturn]] inline void stop(const std::string& why) {
-  std::fprintf(stderr, "emulated CUDA runtime: %s\n", why.c_str());
-  std::abort();
-}
-
 /// Copies a launch's arguments, and returns what it is to do.
 using Launch = Task (*)(void** arguments, unsigned blocks, int device);
 
