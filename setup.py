@@ -20,7 +20,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "cuda", "cpu", "none")
-OLDEST_CAPABILITY = (7, 5)
+OLDEST_CAPABILITY = (7, 0)
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 

@@ -28,8 +28,9 @@ struct OnDevice {
   explicit OnDevice(c10::Device device)
       : guard(device), stream(c10::cuda::getCurrentCUDAStream(device.index())) {}
 
-  at::TensorOptions options(at::ScalarType dtype) const {
-    return at::TensorOptions().device(stream.device()).dtype(dtype);
+  /// Not by at::empty, which torch.use_deterministic_algorithms lets fill what it returns.
+  at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) const {
+    return at::detail::empty_cuda(size, at::TensorOptions().device(stream.device()).dtype(dtype));
   }
 
   c10::cuda::CUDAGuard guard;
@@ -49,8 +50,9 @@ class Ticket {
         c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
     if (!captured && is_of_torch(on.stream)) counter_ = kept_by(on.stream);
     if (counter_ != nullptr) return;
-    memory_ = at::zeros({1}, on.options(at::kInt));
+    memory_ = on.empty({1}, at::kInt);
     counter_ = static_cast<unsigned*>(memory_.data_ptr());
+    C10_CUDA_CHECK(cudaMemsetAsync(counter_, 0, sizeof *counter_, on.stream));
   }
 
   unsigned* counter() const { return counter_; }
@@ -90,13 +92,9 @@ struct Norm {
 Norm enqueue_norm(const GradList& list, const OnDevice& on, double norm_type, bool float64,
                   double max_norm) {
   constexpr int64_t kCoefBytes = 16;  // keeps the partials behind it aligned
-  // Not at::empty, which torch.use_deterministic_algorithms lets fill what it returns.
-  const auto empty = [&](at::IntArrayRef size, at::ScalarType dtype) {
-    return at::Tensor(at::detail::empty_cuda(size, on.options(dtype)));
-  };
   Norm norm;
-  norm.total_norm = empty({}, float64 ? at::kDouble : at::kFloat);
-  norm.scratch = empty({kCoefBytes + cuda::norm_partials_bytes(list)}, at::kByte);
+  norm.total_norm = on.empty({}, float64 ? at::kDouble : at::kFloat);
+  norm.scratch = on.empty({kCoefBytes + cuda::norm_partials_bytes(list)}, at::kByte);
   auto* scratch = static_cast<char*>(norm.scratch.data_ptr());
   norm.clip_coef = scratch;
   const Ticket ticket(on);

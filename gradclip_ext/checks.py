@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext.tracing import operations_are_followed
-
 DTYPES = frozenset(
     (
         torch.float16,
@@ -82,10 +80,11 @@ def as_list(name: str, tensors: Any) -> list[Any]:
             f"{name} must be a Tensor or an iterable of Tensors, got the module "
             f"{type(tensors).__name__}: pass {_of_a_module(name)}"
         )
-    if isinstance(tensors, (str, Mapping)) or not isinstance(tensors, Iterable):
-        hint = ": pass its values()" if isinstance(tensors, Mapping) else ""
-        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}{hint}")
+    if isinstance(tensors, str) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}")
     result = list(tensors)
+    if isinstance(tensors, Mapping) and not all(isinstance(key, Tensor) for key in result):
+        raise TypeError(f"{name} must be an iterable of Tensors, got {_describe(tensors)}: pass its values()")
     if not result and isinstance(tensors, types.GeneratorType) and name != "tensors":
         warnings.warn(
             f"`{name}` is an empty generator, no gradient clipping will occur.",
@@ -218,9 +217,12 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
     A tied weight listed twice is one parameter. Zero-size tensors and tensors without
     memory of their own (data_ptr 0) are never duplicates.
     """
-    if operations_are_followed():  # there may be no pointers: one object is one gradient
+    try:
+        if torch.compiler.is_compiling():
+            return list(dict.fromkeys(tensors))
+        pointers = list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # torch.func's tensors have none
         return list(dict.fromkeys(tensors))
-    pointers = list(map(Tensor.data_ptr, tensors))
     if len(set(pointers)) == len(pointers):
         return tensors
     seen: set[Any] = set()

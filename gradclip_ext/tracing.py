@@ -1,8 +1,10 @@
 """Whether somebody follows what this thread computes."""
 
 import torch
-from torch._C import _functorch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch._C import DispatchKey
+
+# What dispatch modes, make_fx and torch.func put in the way of every operation of their thread.
+_FOLLOWERS = (DispatchKey.Python, DispatchKey.PreDispatch, DispatchKey.FuncTorchDynamicLayerFrontMode)
 
 
 def operations_are_followed() -> bool:
@@ -14,6 +16,5 @@ def operations_are_followed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
-        or is_in_torch_dispatch_mode()
-        or _functorch.peek_interpreter_stack() is not None
+        or any(map(torch._C._dispatch_tls_is_dispatch_key_included, _FOLLOWERS))
     )

@@ -207,6 +207,15 @@ def test_a_gpu_without_code_in_the_binary_is_told_once(
     assert reason is not None and 'TORCH_CUDA_ARCH_LIST="7.0"' in reason and "8.0;9.0" in reason
 
 
+def test_a_gpu_that_no_build_can_serve_is_not_told_to_rebuild(
+    gpu_with_obstacle: Callable[[tuple[str, bool] | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_with_obstacle(("no kernel image is available", True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    with pytest.warns(RuntimeWarning, match=r"6\.1 .*the kernels need 7\.0"):
+        assert "reinstall" not in str(CudaBackend().unusable(torch.device("cuda")))
+
+
 def test_kernels_that_cannot_be_loaded_now_are_no_reason_to_rebuild(
     gpu_with_obstacle: Callable[[tuple[str, bool] | None], None],
 ) -> None:

@@ -98,6 +98,13 @@ def test_parameter_list_is_an_iterable_of_tensors() -> None:
     assert norm > 0.5 and gradclip_ext.get_total_norm(grads_of(params)) <= 0.5
 
 
+def test_a_dict_by_parameters_is_an_iterable_of_tensors() -> None:
+    """dict.fromkeys(parameters) is how to keep each once, in order."""
+    params = parameters((3,), (2, 2))
+    assert gradclip_ext.clip_grad_norm_(dict.fromkeys([*params, *params]), 0.5) > 0.5
+    assert gradclip_ext.get_total_norm(grads_of(params)) <= 0.5
+
+
 # ---------------------------------------------------------------- gradients that cannot be clipped
 
 

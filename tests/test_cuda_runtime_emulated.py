@@ -17,24 +17,26 @@ if not torch.cuda.is_available() or torch.cuda.get_device_name() != "Emulated GP
 
 def test_a_result_is_not_there_before_it_is_waited_for() -> None:
     on_cpu = importlib.import_module("sitecustomize").on_cpu
-    grads = [torch.full((4,), 2.0, device="cuda")]
+    grad = torch.randn(4)
+    grads, expected = [grad.cuda()], grad.norm()
     torch.cuda.synchronize()
     norm = gradclip_ext.get_total_norm(grads, backend="cuda")
-    assert on_cpu(norm) != 4.0 and not torch.cuda.current_stream().query()
+    assert on_cpu(norm) != pytest.approx(expected) and not torch.cuda.current_stream().query()
     torch.cuda.synchronize()
-    assert on_cpu(norm) == 4.0 and torch.cuda.current_stream().query()
+    assert on_cpu(norm) == pytest.approx(expected) and torch.cuda.current_stream().query()
 
 
 def test_another_stream_is_not_waited_for() -> None:
     on_cpu = importlib.import_module("sitecustomize").on_cpu
-    grads = [torch.full((4,), 2.0, device="cuda")]
+    grad = torch.randn(4)
+    grads, expected = [grad.cuda()], grad.norm()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         norm = gradclip_ext.get_total_norm(grads, backend="cuda")
     torch.cuda.current_stream().synchronize()
-    assert on_cpu(norm) != 4.0
+    assert on_cpu(norm) != pytest.approx(expected)
     torch.cuda.current_stream().wait_stream(stream)
-    assert norm.item() == 4.0
+    assert norm.item() == pytest.approx(expected)
 
 
 WRITES_TOO_FAR = """

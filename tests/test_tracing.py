@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,23 @@ def test_what_counts_as_followed() -> None:
     with FlopCounterMode(display=False):
         look(torch.ones(2))
     assert seen == [False, False, True, True, True, True, True]
+
+
+def test_another_thread_is_not_followed() -> None:
+    """torch's own is_in_torch_dispatch_mode() tells of any thread."""
+    seen: list[bool] = []
+    with FlopCounterMode(display=False):
+        thread = threading.Thread(target=lambda: seen.append(operations_are_followed()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+
+
+def test_a_gradient_that_is_listed_twice_counts_once() -> None:
+    grad = random(4)
+    with FlopCounterMode(display=False):
+        norm = gradclip_ext.get_total_norm([grad, grad.view(4)])
+    oracle.assert_norm(norm, [grad], 2.0)
 
 
 @pytest.mark.parametrize("norm_type", ORDERS)

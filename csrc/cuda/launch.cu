@@ -41,21 +41,21 @@ cudaError_t load(cudaFuncAttributes& scale) {
 cudaError_t describe(int index, Device& device) {
   int driver = 0;
   cudaFuncAttributes scale;
-  cudaError_t error = load<LaunchTable<kSmallLaunchTensors>>(scale);
+  cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess) error = load<LaunchTable<kSmallLaunchTensors>>(scale);
 #if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
-  if (error == cudaSuccess) error = load<LaunchTable<kLargeLaunchTensors>>(scale);
+  device.large_parameters = driver >= 12010;
+  if (error == cudaSuccess && device.large_parameters) {
+    error = load<LaunchTable<kLargeLaunchTensors>>(scale);
+  }
 #endif
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
-  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   // The code has to wait for its predecessor, which it does from compute_90 on: code compiled for
   // less does not, on whatever GPU it runs. Captured into a graph since CUDA 12.3; before that,
   // capturing it is an error.
-  device.dependent_launch = scale.ptxVersion >= 90 && driver >= 12030;
-#if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
-  device.large_parameters = driver >= 12010;
-#endif
+  device.dependent_launch = error == cudaSuccess && scale.ptxVersion >= 90 && driver >= 12030;
   return error;
 }
 

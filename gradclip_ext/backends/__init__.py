@@ -117,7 +117,8 @@ def choose(
     """
     asked, source = name, "backend"
     if name is None:
-        asked, source = _environment(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+        # Not by _environment, which torch.compile cannot trace.
+        asked, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if asked is not None and asked not in tuple(ALL):
         raise ValueError(f"{source}={asked!r} does not exist; there are: {', '.join(ALL)}")
     if foreach is False and name not in (None, "foreach"):

@@ -15,6 +15,8 @@ from torch import Tensor
 from gradclip_ext import _core
 from gradclip_ext.backends.foreach import ForeachBackend
 
+_OLDEST_CAPABILITY = (7, 0)  # for launches with more than 4 KB of parameters
+
 
 class CompiledBackend:
     """The verbs on the tensors of one device type, by the kernels in csrc."""
@@ -98,10 +100,12 @@ class CudaBackend(CompiledBackend):
         if not lasts:
             return f"{built}; the kernels cannot be loaded now: {reason}"
         if index not in self._unfit:
-            capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+            major, minor = torch.cuda.get_device_capability(index)
+            remedy = f'reinstall with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+            if (major, minor) < _OLDEST_CAPABILITY:
+                remedy = "the kernels need 7.0"
             self._unfit[index] = (
-                f"{built}; this GPU has compute capability {capability} ({reason}): reinstall with "
-                f'TORCH_CUDA_ARCH_LIST="{capability}"'
+                f"{built}; this GPU has compute capability {major}.{minor} ({reason}): {remedy}"
             )
             warnings.warn(
                 f"cuda:{index} gets slower backends: {self._unfit[index]}", RuntimeWarning, stacklevel=2

@@ -59,6 +59,7 @@ using Clock = std::chrono::steady_clock;
 struct Event {
   Stream* stream = nullptr;
   uint64_t after = 0;
+  bool captured = false;
   std::shared_ptr<Clock::time_point> reached = std::make_shared<Clock::time_point>();
 };
 

@@ -109,21 +109,36 @@ inline void resume() {
   setcontext(&fiber.start);
 }
 
-/// Runs one block of kBlock threads to its end.
+/// Runs a warp until all of its threads wait for other warps or are done; returns how many wait.
+inline int run_warp(int warp) {
+  int waiting = 0;
+  for (uint64_t before = ~block.progress; before != block.progress;) {
+    before = block.progress;
+    waiting = 0;
+    for (current = warp * kWarp; current < (warp + 1) * kWarp; ++current) {
+      if (block.fibers[current].done) continue;
+      ++waiting;
+      resume();
+    }
+  }
+  return waiting;
+}
+
+/// Runs one block of kBlock threads to its end. Each warp goes as far ahead of the others as it
+/// can, a different one first every time, so that a barrier which is missing is missed.
 inline void run_block() {
+  static int first = 0;
   block.all = {kBlock};
   for (Barrier& warp : block.warps) warp = {kWarp};
   for (Fiber& fiber : block.fibers) fiber.done = false;
-  for (int left = kBlock; left > 0;) {
+  constexpr int kWarps = kBlock / kWarp;
+  for (int waiting = kBlock; waiting > 0;) {
     const uint64_t before = block.progress;
-    left = 0;
-    for (current = 0; current < kBlock; ++current) {
-      if (block.fibers[current].done) continue;
-      ++left;
-      resume();
-    }
-    if (left > 0 && block.progress == before) {
-      std::fprintf(stderr, "deadlock: %d threads of block %u wait at barriers\n", left,
+    ++first;
+    waiting = 0;
+    for (int i = 0; i < kWarps; ++i) waiting += run_warp((first + i) % kWarps);
+    if (waiting > 0 && block.progress == before) {
+      std::fprintf(stderr, "deadlock: %d threads of block %u wait at barriers\n", waiting,
                    block_index.x);
       std::abort();
     }

@@ -231,6 +231,7 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   LOCKED;
   if (const auto error = unsafe_in_capture()) return error;
+  if (stream_of(stream)->capture != nullptr) return fail(cudaErrorStreamCaptureUnsupported);
   run(stream_of(stream));
   return cudaSuccess;
 }
@@ -238,6 +239,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   LOCKED;
   const Event event = *reinterpret_cast<Event*>(event_handle);
   if (event.stream == nullptr || event.stream == stream_of(handle)) return cudaSuccess;
+  if (event.captured) stop("no emulation of captures that spread over streams");
   return enqueue(stream_of(handle), [=] { run_until(event.stream, event.after); });
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
@@ -260,6 +262,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
   LOCKED;
   Event recorded;
   recorded.stream = stream_of(handle);
+  recorded.captured = recorded.stream->capture != nullptr;
   enqueue(recorded.stream, [reached = recorded.reached] { *reached = Clock::now(); });
   recorded.after = recorded.stream->enqueued;
   *reinterpret_cast<Event*>(event) = recorded;

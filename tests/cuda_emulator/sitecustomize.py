@@ -47,6 +47,8 @@ class Call:
         wanted = kwargs.get("device")
         self.target = None if wanted is None else torch.device(wanted)
         self.device = next((a.device for a in flat if isinstance(a, Tensor) and a.is_cuda), self.target)
+        with torch.cuda.device(self.device):
+            self.captured = torch.cuda.is_current_stream_capturing()
         self.args, self.kwargs = tree_unflatten([self._converted(a) for a in flat], spec)
 
     def _converted(self, value: Any) -> Any:
@@ -73,6 +75,8 @@ class Call:
             if twin is value:
                 return original
         moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
+        if not self.captured:
+            run_stream(moved.device)  # whose memory it was may still be at work, by another thread's call
         on_cpu(moved).copy_(value)
         return moved
 
@@ -86,15 +90,12 @@ class OnCpu:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self.func, args, kwargs)
-        with torch.cuda.device(call.device):
-            captured = torch.cuda.is_current_stream_capturing()
-        if (captured or torch.cuda.get_sync_debug_mode() == 2) and self._waits(call, args):
+        if (call.captured or torch.cuda.get_sync_debug_mode() == 2) and self._waits(call, args):
             raise RuntimeError("called a synchronizing CUDA operation")
-        if captured:
+        if call.captured:
             return self._captured(call)
         for device in {call.device, *(original.device for original, _ in call.twins)}:
-            with torch.cuda.device(device):
-                assert RUNTIME.cudaStreamSynchronize(_current_stream()) == 0
+            run_stream(device)
         results = call.run()
         for original, twin in call.twins:
             if original.shape != twin.shape:  # an `out` that was resized
@@ -128,6 +129,12 @@ class OnCpu:
         with torch.cuda.device(call.device):
             enqueue(node)
         return results
+
+
+def run_stream(device: torch.device) -> None:
+    """Let the device's current stream do what it has been given."""
+    with torch.cuda.device(device):
+        assert RUNTIME.cudaStreamSynchronize(_current_stream()) == 0
 
 
 def enqueue(function: Callable[[], object]) -> None:
