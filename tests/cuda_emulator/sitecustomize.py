@@ -102,7 +102,7 @@ class OnCpu:
                 original.resize_(twin.shape)
                 on_cpu(original).copy_(twin)
         if self.name.startswith("_foreach_") and self.name.endswith("_"):
-            torch.autograd.graph.increment_version(args[0])  # torch leaves it to the kernels' callers
+            torch.autograd.graph.increment_version(args[0])  # as torch's foreach kernels do, and nobody else
         return tree_map(call.result, results)
 
     def _waits(self, call: Call, args: Any) -> bool:
