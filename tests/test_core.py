@@ -310,9 +310,6 @@ def test_whoever_follows_torchs_operations_sees_some() -> None:
         assert gradclip_ext.clip_grad_norm_(params, 1.0) == 2.0
     assert any("norm" in name or "dot" in name for name in names.seen), names.seen
 
-    def in_vmap(x: Tensor) -> Tensor:
-        return gradclip_ext.get_total_norm([x * 1.0], 1.0)
-
     assert core.get_total_norm([torch.ones(3)], 1.0) == 3.0
     seen: list[object] = []
     torch.func.vmap(lambda x: (seen.append(core.get_total_norm([x], 1.0)), x)[1])(torch.ones(2, 3))
