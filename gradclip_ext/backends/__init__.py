@@ -101,7 +101,7 @@ def fused(name: str | None, foreach: bool | None) -> tuple[_core.FusedCalls, ...
 def choose(
     name: str | None, foreach: bool | None, devices: Iterable[torch.device]
 ) -> dict[torch.device, Backend]:
-    """Return which backend serves each of these devices.
+    """Return which backend serves each of these devices: foreach while a tracer or a mode looks on.
 
     Args:
         name: the ``backend=`` argument; None defers to GRADCLIP_EXT_BACKEND in the
