@@ -157,7 +157,7 @@ def readable(tensors: Sequence[Tensor]) -> set[torch.dtype]:
     if dtypes <= DTYPES and {t.layout for t in tensors} <= {torch.strided}:
         return dtypes
     for index, tensor in enumerate(tensors):
-        where = f"gradient {index} (shape {tuple(tensor.shape)})"
+        where = _gradient(index, tensor)
         if tensor.layout is not torch.strided:
             raise TypeError(
                 f"{where} has layout {tensor.layout}; only strided (dense) gradients can be "
@@ -177,14 +177,14 @@ def writable(tensors: Sequence[Tensor]) -> None:
         if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
             index = next(i for i, t in enumerate(tensors) if t.is_inference())
             raise RuntimeError(
-                f"gradient {index} (shape {tuple(tensors[index].shape)}) is an inference tensor, which "
-                "cannot be changed outside of inference mode: clone() it first, or clip inside the mode"
+                f"{_gradient(index, tensors[index])} is an inference tensor, which cannot be changed "
+                "outside of inference mode: clone() it first, or clip inside the mode"
             )
         if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
             index = next(i for i, t in enumerate(tensors) if t.is_neg() or t.is_conj())
             raise RuntimeError(
-                f"gradient {index} (shape {tuple(tensors[index].shape)}) is a lazy conjugate or negative "
-                "view: call resolve_conj() or resolve_neg() on it first"
+                f"{_gradient(index, tensors[index])} is a lazy conjugate or negative view: "
+                "call resolve_conj() or resolve_neg() on it first"
             )
         irregular = [] if all(map(Tensor.is_contiguous, tensors)) else list(tensors)
     for index, tensor in enumerate(irregular):
@@ -221,7 +221,7 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
         if torch.compiler.is_compiling():
             return list(dict.fromkeys(tensors))
         pointers = list(map(Tensor.data_ptr, tensors))
-    except RuntimeError:  # torch.func's tensors have none
+    except RuntimeError:  # torch.func's tensors have no address; there, too, one object is one gradient
         return list(dict.fromkeys(tensors))
     if len(set(pointers)) == len(pointers):
         return tensors
@@ -236,6 +236,10 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------- messages
+
+
+def _gradient(index: int, tensor: Tensor) -> str:
+    return f"gradient {index} (shape {tuple(tensor.shape)})"
 
 
 def nonfinite_message(norm_type: float, tensors: Sequence[Tensor | None]) -> str:

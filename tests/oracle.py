@@ -216,6 +216,6 @@ def assert_clipped_like_torch(
 def parameter(grad: Tensor) -> torch.nn.Parameter:
     """Return a parameter that holds ``grad`` itself as its gradient."""
     differentiable = grad.is_floating_point() or grad.is_complex()
-    param = torch.nn.Parameter(torch.empty_like(grad, requires_grad=False), requires_grad=differentiable)
+    param = torch.nn.Parameter(torch.empty_like(grad), requires_grad=differentiable)
     param.grad = grad
     return param

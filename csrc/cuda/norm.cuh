@@ -24,11 +24,19 @@ struct NormOutput {
 /// Writes total_norm and min(1, max_norm / (total_norm + 1e-6)) in torch's order of operations,
 /// reciprocal first, in the precision of the result. NaN stays NaN.
 template <typename T>
-__device__ void write_norm(const NormOutput& out, double norm) {
+__device__ void write_norm_as(const NormOutput& out, double norm) {
   const T total_norm = static_cast<T>(norm);
   const T coef = T(1) / (total_norm + static_cast<T>(1e-6)) * static_cast<T>(out.max_norm);
   *static_cast<T*>(out.total_norm) = total_norm;
   *static_cast<T*>(out.clip_coef) = coef > T(1) ? T(1) : coef;
+}
+
+__device__ inline void write_norm(const NormOutput& out, double norm) {
+  if (out.wide) {
+    write_norm_as<double>(out, norm);
+  } else {
+    write_norm_as<float>(out, norm);
+  }
 }
 
 /// Adds the partials in an order that depends on their number alone. One block; thread 0 writes.
@@ -40,12 +48,7 @@ __device__ void finalize(const NormOutput& out) {
     value = Norm::combine(value, __ldcg(out.partials + i));  // written by other SMs: from L2
   }
   value = block_reduce<Norm>(value, shared);
-  if (threadIdx.x != 0) return;
-  if (out.wide) {
-    write_norm<double>(out, Norm::finish(value));
-  } else {
-    write_norm<float>(out, Norm::finish(value));
-  }
+  if (threadIdx.x == 0) write_norm(out, Norm::finish(value));
 }
 
 /// The same tiles again in float64, one element after the other: for the rare warp whose float32

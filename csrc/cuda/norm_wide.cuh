@@ -84,12 +84,7 @@ __device__ inline void finalize_wide(const NormOutput& out, double p) {
   sum = block_reduce<L1>(sum, shared);
   if (threadIdx.x != 0) return;
   const bool whole = p < INFINITY && can_divide_by(most);
-  const double norm = whole ? most * pow(sum, 1.0 / p) : most;
-  if (out.wide) {
-    write_norm<double>(out, norm);
-  } else {
-    write_norm<float>(out, norm);
-  }
+  write_norm(out, whole ? most * pow(sum, 1.0 / p) : most);
 }
 
 /// Contract: as norm_kernel, for tables of any dtype; out.partials holds one Scaled per chunk.

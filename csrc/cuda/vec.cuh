@@ -115,16 +115,16 @@ __device__ void change_tiles(T* x, int length, int first, int stride, int lane, 
 #pragma unroll 1
     for (int row = 0; row < kLoads; row += kLoadsInPlace) {
       Vec<T> vecs[kLoadsInPlace];
-      uint4* address = reinterpret_cast<uint4*>(x + tile) + row * kWarp + lane;
+      uint4* own = reinterpret_cast<uint4*>(x + tile) + row * kWarp + lane;
 #pragma unroll
-      for (int j = 0; j < kLoadsInPlace; ++j) vecs[j].words = address[j * kWarp];
+      for (int j = 0; j < kLoadsInPlace; ++j) vecs[j].words = own[j * kWarp];
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kLoadsInPlace; ++j) {
         bool changed = false;
 #pragma unroll
         for (int k = 0; k < kVecNumel<T>; ++k) changed |= change(vecs[j].items[k]);
-        if (changed) address[j * kWarp] = vecs[j].words;
+        if (changed) own[j * kWarp] = vecs[j].words;
       }
     }
   }

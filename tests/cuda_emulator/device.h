@@ -36,6 +36,12 @@ inline thread_local cudaError_t last_error = cudaSuccess;
 
 inline cudaError_t fail(cudaError_t error) { return last_error = error; }
 
+/// For what no program may do, or none has been seen to do.
+[[noreturn]] inline void stop(const std::string& why) {
+  std::fprintf(stderr, "emulated CUDA runtime: %s\n", why.c_str());
+  std::abort();
+}
+
 // ---------------------------------------------------------------- streams, events, graphs
 
 using Task = std::function<void()>;
@@ -66,7 +72,6 @@ struct Event {
 inline auto& streams = *new std::vector<Stream*>;
 inline thread_local int current_device = 0;
 inline thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGlobal;
-inline int captures = 0;
 
 inline Stream* new_stream(int device) {
   streams.push_back(new Stream{device});
@@ -109,9 +114,14 @@ inline cudaError_t enqueue(Stream* stream, Task task) {
 /// Fails a call that a capture does not allow, and the capture with it, unless the calling thread
 /// is in relaxed mode. Stricter than CUDA: any capture counts, whichever thread began it.
 inline cudaError_t unsafe_in_capture() {
-  if (captures == 0 || thread_capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
-  for (Stream* stream : streams) stream->invalidated |= stream->capture != nullptr;
-  return fail(cudaErrorStreamCaptureUnsupported);
+  if (thread_capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  for (Stream* stream : streams) {
+    if (stream->capture == nullptr) continue;
+    stream->invalidated = true;
+    error = fail(cudaErrorStreamCaptureUnsupported);
+  }
+  return error;
 }
 
 // ---------------------------------------------------------------- memory
@@ -133,11 +143,6 @@ inline const Memory* memory_at(const void* address, size_t bytes = 1) {
   if (found == memories.begin()) return nullptr;
   --found;
   return begin + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
-}
-
-[[noreturn]] inline void stop(const std::string& why) {
-  std::fprintf(stderr, "emulated CUDA runtime: %s\n", why.c_str());
-  std::abort();
 }
 
 constexpr size_t kGuardBytes = 64;  // behind every allocation, to be as they were when it is freed

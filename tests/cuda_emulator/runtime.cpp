@@ -309,14 +309,12 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
   stream->capture = new Graph;
   stream->capture_id = ++last_id;
   stream->invalidated = false;
-  ++captures;
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   LOCKED;
   Stream* stream = stream_of(handle);
   *graph = reinterpret_cast<cudaGraph_t>(std::exchange(stream->capture, nullptr));
-  --captures;
   return stream->invalidated ? fail(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
