@@ -82,7 +82,7 @@ def wrapped(inner: Tensor) -> torch.nn.Parameter:
 
 def test_dispatch_subclass_goes_whole_to_torch() -> None:
     """Beside a plain gradient too, and never by pointer: three wrappers are not three duplicates."""
-    sources = [random(3), random(3), random(2, 2)]
+    sources = [random(64), random(3), random(2, 2)]  # of 64 values some are beyond any threshold below
     calls = {
         "clip_grad_norm_": (gradclip_ext.clip_grad_norm_, torch.nn.utils.clip_grad_norm_, (0.5,)),
         "p = inf": (gradclip_ext.clip_grad_norm_, torch.nn.utils.clip_grad_norm_, (0.5, math.inf)),
