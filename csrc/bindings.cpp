@@ -7,12 +7,16 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <pthread.h>
 
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "bindings_cuda.h"
 #include "cpu/verbs.h"
@@ -24,12 +28,28 @@ namespace {
 
 // ---------------------------------------------------------------- threads and numbers
 
+/// Whether this process was forked: the threads of GNU's OpenMP stayed behind in the parent, and
+/// at::parallel_for would wait for them forever.
+bool forked = false;
+
+void run_on_new_threads(int64_t workers, void (*work)(void*), void* context) {
+  std::vector<std::thread> threads;
+  try {
+    for (int64_t i = 1; i < workers; ++i) threads.emplace_back(work, context);
+  } catch (const std::system_error&) {  // as many as there may be
+  }
+  work(context);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void run_on_torch_threads(int64_t workers, void (*work)(void*), void* context) {
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(context); });
+}
+
 /// torch's own thread pool. Built without OpenMP, at::parallel_for would run on one thread.
 cpu::Threads torch_threads() {
   return {[] { return static_cast<int64_t>(at::get_num_threads()); },
-          [](int64_t workers, void (*work)(void*), void* context) {
-            at::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(context); });
-          }};
+          forked ? run_on_new_threads : run_on_torch_threads};
 }
 
 /// A new 0-d tensor on the CPU.
@@ -231,9 +251,11 @@ class Kernels {
     return device.is_cuda() && serves_ != Serves::kCpu && !on_cuda::obstacle(device.index());
   }
 
-  /// No gradient at all is the CPU's; on a GPU, the kernels want one that is not empty.
+  /// Without any gradient torch's defaults decide on device and dtype, which Python knows; on a GPU
+  /// the kernels want one that is not empty.
   bool is_served(const Gradients& gradients) const {
-    return is_served(gradients.device) && (gradients.device.is_cpu() || gradients.list.size() != 0);
+    return !gradients.tensors.empty() && is_served(gradients.device) &&
+           (gradients.device.is_cpu() || gradients.list.size() != 0);
   }
 
   std::optional<Gradients> take(const py::list& listed, Source source, Access access) const {
@@ -320,6 +342,7 @@ PYBIND11_MODULE(_C, m) {
   using bindings::Gathered;
   using bindings::Kernels;
   m.doc() = "Compiled kernels. Call gradclip_ext's functions instead: these check no arguments.";
+  pthread_atfork(nullptr, nullptr, [] { bindings::forked = true; });
   m.attr("CPU_CAPABILITY") = gradclip::cpu::chunk_kernels().isa;
   m.def("cuda_obstacle", &bindings::on_cuda::obstacle);
   py::class_<Kernels>(m, "Kernels")

@@ -11,10 +11,11 @@ an offender is worked out only once there is one.
 from __future__ import annotations
 
 import math
+import sys
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 def as_float(name: str, value: Any) -> float:
     """Return ``float(value)``; whatever float() refuses is named in the error."""
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
@@ -94,7 +95,7 @@ def as_list(name: str, tensors: Any) -> list[Any]:
 
 
 def total_norm(value: Any) -> Tensor:
-    """Return ``value`` if it can serve as a total norm: a real floating 0-d tensor."""
+    """Return ``value`` if it can serve as a total norm: a real 0-d tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"total_norm must be a 0-d Tensor, as get_total_norm returns it, got {_describe(value)}: "
@@ -105,9 +106,33 @@ def total_norm(value: Any) -> Tensor:
             f"total_norm must be a 0-d Tensor, got shape {tuple(value.shape)}: "
             "take one element of it, or combine the norms first"
         )
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"total_norm must have a floating dtype, got {value.dtype}")
+    if value.is_complex():
+        raise TypeError(f"total_norm must be real, got {value.dtype}: pass its abs()")
     return value
+
+
+# ---------------------------------------------------------------- what hooks can be put on
+
+
+def not_sharded(module: torch.nn.Module) -> None:
+    """Refuse a module of ``fully_shard``'s: it gathers its parameters into other tensors for every pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has such a module has imported it
+    if fsdp and any(isinstance(m, fsdp.FSDPModule) for m in module.modules()):
+        _raise_hooks_never_run(f"{type(module).__name__} is or holds a module of FSDP's fully_shard")
+
+
+def hooks_run(tensors: Sequence[Tensor]) -> None:
+    """Refuse parameters that FSDP has made views of a flat one, which is the one that gets a gradient."""
+    for tensor in tensors:
+        if getattr(tensor, "_fsdp_flattened", False) and not hasattr(tensor, "_is_flat_param"):
+            _raise_hooks_never_run(f"a parameter of shape {tuple(tensor.shape)} is part of FSDP's flat one")
+
+
+def _raise_hooks_never_run(why: str) -> NoReturn:
+    raise RuntimeError(
+        f"{why}, so hooks on its parameters would never run: call clamp_grad_(parameters, min, max) after "
+        "backward"
+    )
 
 
 # ---------------------------------------------------------------- gradients
@@ -218,10 +243,10 @@ def unique(tensors: list[Tensor]) -> list[Tensor]:
     memory of their own (data_ptr 0) are never duplicates.
     """
     try:
-        if torch.compiler.is_compiling():
-            return list(dict.fromkeys(tensors))
-        pointers = list(map(Tensor.data_ptr, tensors))
-    except RuntimeError:  # torch.func's tensors have no address; there, too, one object is one gradient
+        pointers = None if torch.compiler.is_compiling() else list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # torch.func's tensors have no address
+        pointers = None
+    if pointers is None:  # one object is one gradient
         return list(dict.fromkeys(tensors))
     if len(set(pointers)) == len(pointers):
         return tensors

@@ -62,7 +62,7 @@ def clip_grad_norm_(
 
     Returns:
         A new 0-d tensor on the device of the first gradient, float32 or float64. With no
-        gradient at all, ``tensor(0.)`` on the CPU.
+        gradient at all, ``torch.tensor(0.0)``.
 
     Raises:
         TypeError: parameters is a module, or an element or gradient is of the wrong kind
@@ -178,12 +178,12 @@ def clip_grads_with_norm_(
     Args:
         parameters: as in :func:`clip_grad_norm_`.
         max_norm: largest allowed norm, 0 or more; ``inf`` scales nothing.
-        total_norm: real floating 0-d tensor on any device; half types are upcast first.
+        total_norm: real 0-d tensor on any device; half types and integers become float32 first.
         foreach: as in :func:`clip_grad_norm_`.
         backend: as in :func:`clip_grad_norm_`.
 
     Raises:
-        TypeError: total_norm is not a floating tensor; otherwise as :func:`clip_grad_norm_`.
+        TypeError: total_norm is not a real tensor; otherwise as :func:`clip_grad_norm_`.
         ValueError: total_norm is not 0-d; otherwise as :func:`clip_grad_norm_`.
 
     Note:

@@ -177,6 +177,22 @@ def test_nothing_to_clip_gives_a_new_zero_silently(empty: object, error_if_nonfi
     assert norms[0].data_ptr() != norms[1].data_ptr()
 
 
+@pytest.mark.parametrize("foreach", [None, False])
+def test_torchs_defaults_decide_on_the_norm_of_nothing(foreach: bool | None) -> None:
+    frozen = torch.nn.Parameter(torch.ones(2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            for ours, theirs, nothing in (
+                (gradclip_ext.clip_grad_norm_, torch.nn.utils.clip_grad_norm_, ([frozen], 1.0)),
+                (gradclip_ext.get_total_norm, torch.nn.utils.get_total_norm, ([],)),
+            ):
+                norm, expected = ours(*nothing, foreach=foreach), theirs(*nothing, foreach=foreach)
+                assert (norm.dtype, norm.device) == (expected.dtype, expected.device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_parameters_without_gradient_are_skipped(backend: Target) -> None:
     params = backend.parameters((3,), (4,))
     frozen = torch.nn.Parameter(torch.ones(2))
@@ -201,6 +217,18 @@ def test_max_norm_is_coerced_by_float(one: object) -> None:
     norms = gradclip_ext.clip_grad_norm_(plain, 1.0), gradclip_ext.clip_grad_norm_(other, one)
     oracle.assert_same_bits(norms[1], norms[0])
     oracle.assert_same_bits(other.grad, plain.grad)
+
+
+def test_a_threshold_that_requires_grad_does_not_warn() -> None:
+    threshold = torch.tensor(0.5, requires_grad=True)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gradclip_ext.clip_grad_norm_(parameter(random(9)), threshold)
+            gradclip_ext.clip_grad_value_(parameter(random(9)), threshold)
+    finally:
+        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("text, order", [("inf", math.inf), ("2", 2.0), ("-inf", -math.inf), ("0.5", 0.5)])

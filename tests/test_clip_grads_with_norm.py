@@ -43,7 +43,10 @@ def test_same_bits_as_torch(backend: Target, dtype: torch.dtype) -> None:
             oracle.assert_same_bits(grad, twin.grad)
 
 
-@pytest.mark.parametrize("norm_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+NORM_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+@pytest.mark.parametrize("norm_dtype", NORM_DTYPES, ids=str)
 @over_dtypes
 def test_norm_of_any_dtype(backend: Target, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
     """A half norm is upcast first: 1 / bfloat16 would cost the gradients their digits."""
@@ -51,7 +54,7 @@ def test_norm_of_any_dtype(backend: Target, dtype: torch.dtype, norm_dtype: torc
     before = clones(grads_of(params))
     norm = backend.random(dtype=norm_dtype).abs() + 3
     backend.clip_grads_with_norm_(params, 0.5, norm)
-    used = norm.float() if norm_dtype.itemsize < 4 else norm
+    used = norm if norm_dtype in (torch.float32, torch.float64) else norm.float()
     oracle.assert_scaled(grads_of(params), before, used, 0.5)
 
 

@@ -42,7 +42,7 @@ def has_foreach_kernels(device_type: str) -> bool:
 
 def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
     """Return min(1, max_norm / (total_norm + 1e-6)) where the norm lives, in float32 or wider."""
-    norm = total_norm.float() if total_norm.dtype.itemsize < 4 else total_norm
+    norm = total_norm if total_norm.dtype in (torch.float32, torch.float64) else total_norm.float()
     # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
     return torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
 
