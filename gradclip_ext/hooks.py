@@ -66,15 +66,21 @@ def register_clamp_hook(
     Raises:
         TypeError: an element is not a tensor.
         ValueError: both bounds are None, one is NaN, or min exceeds max.
-        RuntimeError: a finite bound is beyond the range of a parameter's dtype, or a
-            parameter is complex. No exception leaves a hook behind.
+        RuntimeError: a finite bound is beyond the range of a parameter's dtype, a parameter
+            is complex, or FSDP has taken the parameters over, whose hooks then never run.
+            No exception leaves a hook behind.
 
     Note:
         Never synchronises; one read and one write of each gradient on the stream of its
         backward. Differentiable, so it also works with ``create_graph=True``. NaN stays NaN.
-        Hooks are on these tensors, as all of torch's are: not on those of a ``copy.deepcopy``, nor
-        on those that FSDP's ``fully_shard`` puts in their place afterwards, and a parameter that is
-        frozen now and not later has none.
+        Hooks are on these tensors, as all of torch's are: not on those of a ``copy.deepcopy``,
+        nor on those that ``load_state_dict(assign=True)`` or FSDP put in their place
+        afterwards, and a parameter that is frozen now and not later has none.
+
+        A hook sees what backward computes: under DDP each rank's gradient before they are
+        averaged, under a ``GradScaler`` the scaled one. :func:`clamp_grad_` after backward (and
+        ``unscale_``) clamps what the optimizer gets, under FSDP too. Parameters of
+        ``fully_shard`` given as a list look like any DTensors and are not recognised.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
@@ -86,10 +92,12 @@ def register_clamp_hook(
     """
     low, high = checks.as_bounds(min, max)
     if isinstance(parameters_or_module, torch.nn.Module):
+        checks.not_sharded(parameters_or_module)
         parameters_or_module = parameters_or_module.parameters()
     name = "parameters_or_module"
     listed: list[Any] = checks.as_list(name, parameters_or_module)
     tensors = [t for t in checks.all_tensors(name, listed) if t.requires_grad]
+    checks.hooks_run(tensors)
     checks.representable({t.dtype for t in tensors}, low, high)
 
     def clamp(grad: Tensor) -> Tensor:

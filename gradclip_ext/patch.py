@@ -58,8 +58,9 @@ def patch_torch() -> _Patch:
     """Replace torch.nn.utils' clipping functions by those of this package.
 
     Reaches code that looks the functions up in ``torch.nn.utils`` or
-    ``torch.nn.utils.clip_grad`` when it calls them (frameworks mostly do); a name imported
-    earlier with ``from torch.nn.utils import ...`` keeps pointing at torch's function.
+    ``torch.nn.utils.clip_grad`` when it calls them, as transformers, accelerate and
+    Lightning do; a name imported earlier with ``from torch.nn.utils import ...`` keeps
+    pointing at torch's function.
     Idempotent and not counted: however often it was called, one :func:`unpatch_torch`
     restores torch.
 
