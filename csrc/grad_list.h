@@ -273,26 +273,30 @@ constexpr int kLargeLaunchTensors = launch_capacity(kLargeLaunchBytes);  // 1,63
 static_assert(sizeof(LaunchTable<kSmallLaunchTensors>) + kOtherParameterBytes <= kSmallLaunchBytes);
 static_assert(sizeof(LaunchTable<kLargeLaunchTensors>) + kOtherParameterBytes <= kLargeLaunchBytes);
 
-/// Fills `table` with tensors from `first` on, as many as it holds; returns the first one left.
-/// Stops short, too, where the launch would exceed 2^31 - 1 chunks; one tensor always fits, as
-/// long as its chunks do.
+/// Returns the first tensor after a launch that begins at `first` and holds up to `most` tensors
+/// and 2^31 - 1 chunks. One tensor always fits, as long as its chunks do.
+inline int64_t launch_end(const GradList& list, int64_t first, int64_t most) {
+  const int64_t* prefix = list.chunk_prefix();
+  const int64_t last = std::min(first + most, list.size());
+  return std::upper_bound(prefix + first + 1, prefix + last + 1, prefix[first] + INT32_MAX) -
+         prefix - 1;
+}
+
+/// Fills `table` with the tensors of the launch that begins at `first`; returns the first one left.
 template <int kCapacity>
 int64_t fill_launch(const GradList& list, int64_t first, LaunchTable<kCapacity>& table) {
-  constexpr int64_t kMostChunks = INT32_MAX;
   const int64_t* prefix = list.chunk_prefix();
-  const int64_t last = std::min(first + kCapacity, list.size());
+  const int64_t end = launch_end(list, first, kCapacity);
   table.first_chunk = prefix[first];
   table.chunk_prefix[0] = 0;
   table.tensors = 0;
-  for (int64_t tensor = first; tensor < last; ++tensor) {
-    const int64_t chunks = prefix[tensor + 1] - prefix[first];
-    if (chunks > kMostChunks) break;
+  for (int64_t tensor = first; tensor < end; ++tensor) {
     const Grad& grad = list[tensor];
     table.data[table.tensors] = grad.data;
     table.numel_and_dtype[table.tensors] = grad.numel * kDTypes + static_cast<int64_t>(grad.dtype);
-    table.chunk_prefix[++table.tensors] = static_cast<int32_t>(chunks);
+    table.chunk_prefix[++table.tensors] = static_cast<int32_t>(prefix[tensor + 1] - prefix[first]);
   }
-  return first + table.tensors;
+  return end;
 }
 
 }  // namespace gradclip

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <mutex>
 #include <type_traits>
+#include <vector>
 
 #include "clamp.cuh"
 #include "launch.h"
@@ -107,13 +108,22 @@ cudaError_t enqueue(void (*kernel)(Parameters...), unsigned blocks, bool depende
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
+/// Backwards, launches begin with what a norm has left in the L2 cache, as blocks do within one.
+enum class Order { kForward, kBackward };
+
 /// Calls `launch(table, device, is_last)` for one table after the other.
 template <int kCapacity, typename Launch>
-cudaError_t for_each_table(const GradList& list, const Device& device, Launch&& launch) {
+cudaError_t for_each_table(const GradList& list, Order order, const Device& device,
+                           Launch&& launch) {
+  std::vector<int64_t> firsts;
+  for (int64_t first = 0; first < list.size(); first = launch_end(list, first, kCapacity)) {
+    firsts.push_back(first);
+  }
+  if (order == Order::kBackward) std::reverse(firsts.begin(), firsts.end());
   LaunchTable<kCapacity> table;
-  for (int64_t first = 0; first < list.size();) {
-    first = fill_launch(list, first, table);
-    const cudaError_t error = launch(table, device, first == list.size());
+  for (const int64_t& first : firsts) {
+    fill_launch(list, first, table);
+    const cudaError_t error = launch(table, device, &first == &firsts.back());
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -121,16 +131,16 @@ cudaError_t for_each_table(const GradList& list, const Device& device, Launch&& 
 
 /// Copying 4 KiB of parameters costs less than 32, so short lists take the small table.
 template <typename Launch>
-cudaError_t for_each_launch(const GradList& list, Launch&& launch) {
+cudaError_t for_each_launch(const GradList& list, Order order, Launch&& launch) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
 #if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
   if (device.large_parameters && list.size() > kSmallLaunchTensors) {
-    return for_each_table<kLargeLaunchTensors>(list, device, launch);
+    return for_each_table<kLargeLaunchTensors>(list, order, device, launch);
   }
 #endif
-  return for_each_table<kSmallLaunchTensors>(list, device, launch);
+  return for_each_table<kSmallLaunchTensors>(list, order, device, launch);
 }
 
 }  // namespace
@@ -162,7 +172,7 @@ cudaError_t launch_norm(const GradList& list, double norm_type, double max_norm,
   out.clip_coef = buffers.clip_coef;
   out.wide = buffers.wide;
   out.max_norm = max_norm;
-  return for_each_launch(list, [&](const auto& table, const Device& device, bool is_last) {
+  const auto launch = [&](const auto& table, const Device& device, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.ticket = is_last ? buffers.ticket : nullptr;
     const unsigned blocks = blocks_for(list, table, device);
@@ -174,24 +184,27 @@ cudaError_t launch_norm(const GradList& list, double norm_type, double max_norm,
                         : norm_type == 1.0 ? norm_kernel<L1, Table>
                                            : norm_kernel<LInf, Table>;
     return enqueue(kernel, blocks, false, stream, table, out);
-  });
+  };
+  return for_each_launch(list, Order::kForward, launch);
 }
 
 cudaError_t launch_scale(const GradList& list, const void* clip_coef, bool wide,
                          cudaStream_t stream) {
-  return for_each_launch(list, [&](const auto& table, const Device& device, bool) {
+  const auto launch = [&](const auto& table, const Device& device, bool) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(scale_kernel<Table>, blocks_for(list, table, device), device.dependent_launch,
                    stream, table, clip_coef, wide);
-  });
+  };
+  return for_each_launch(list, Order::kBackward, launch);
 }
 
 cudaError_t launch_clamp(const GradList& list, double min, double max, cudaStream_t stream) {
-  return for_each_launch(list, [&](const auto& table, const Device& device, bool) {
+  const auto launch = [&](const auto& table, const Device& device, bool) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(clamp_kernel<Table>, blocks_for(list, table, device), false, stream, table, min,
                    max);
-  });
+  };
+  return for_each_launch(list, Order::kForward, launch);
 }
 
 }  // namespace gradclip::cuda
