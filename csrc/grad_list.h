@@ -42,6 +42,9 @@ struct Grad {
   DType dtype;
 };
 
+/// How a list is walked along. A scaling goes backwards: what a norm has read last is in cache.
+enum class Order { kForward, kBackward };
+
 /// `length` elements of one tensor, from element `offset` on.
 struct Chunk {
   int64_t tensor;

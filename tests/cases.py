@@ -40,6 +40,12 @@ over_real_dtypes = pytest.mark.parametrize("dtype", REAL_DTYPES, ids=name_of)
 over_norm_types = pytest.mark.parametrize("norm_type", NORM_TYPES, ids=name_of)
 
 
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch was built without torch.distributed or without gloo",
+)
+
+
 # ---------------------------------------------------------------- tensors
 
 

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from cases import SEED, Target, clones, grads_of, random
+from cases import SEED, Target, clones, grads_of, needs_gloo, random
 from oracle import parameter
 from subprocesses import PACKAGE_ROOT, TESTS
 from torch import Tensor
@@ -176,10 +176,7 @@ def test_function_subclass_in_get_total_norm(backend: Target) -> None:
 # ---------------------------------------------------------------- DTensor
 
 
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this torch was built without torch.distributed or without gloo",
-)
+@needs_gloo
 def test_dtensors_on_two_ranks(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(

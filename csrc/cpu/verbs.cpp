@@ -25,8 +25,6 @@ struct Piece {
   int64_t numel;
 };
 
-enum class Order { kForward, kBackward };
-
 /// Calls body(piece) for every chunk, on several threads. Which of them takes which run of chunks
 /// is left to chance, so that none waits for a slower one.
 template <typename Body>

@@ -108,10 +108,8 @@ cudaError_t enqueue(void (*kernel)(Parameters...), unsigned blocks, bool depende
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
-/// Backwards, launches begin with what a norm has left in the L2 cache, as blocks do within one.
-enum class Order { kForward, kBackward };
-
-/// Calls `launch(table, device, is_last)` for one table after the other.
+/// Calls `launch(table, device, is_last)` for one table after the other; blocks go the same way
+/// within each.
 template <int kCapacity, typename Launch>
 cudaError_t for_each_table(const GradList& list, Order order, const Device& device,
                            Launch&& launch) {
