@@ -1,8 +1,7 @@
-// Entry points for tests: the index arithmetic that the kernels run, against what it replaces, and
-// every kernel of every instruction set by itself. No gradient comes through here.
+// gradclip_ext._testing: entry points for tests, not built into wheels. The index arithmetic that the
+// kernels run, against what it replaces, and every CPU kernel of every instruction set by itself.
 
-#include "testing.h"
-
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -12,7 +11,7 @@
 #include <vector>
 
 #include "cpu/chunk_kernels.h"
-#include "grad_list.h"
+#include "core/tensor_list.h"
 
 namespace py = pybind11;
 
@@ -28,9 +27,9 @@ DType dtype_named(const std::string& name) {
   throw py::value_error("no such dtype: " + name);
 }
 
-GradList list_of(const std::vector<int64_t>& numels, const std::vector<std::string>& dtypes,
+TensorList list_of(const std::vector<int64_t>& numels, const std::vector<std::string>& dtypes,
                  int64_t chunk_bytes) {
-  GradList list(chunk_bytes);
+  TensorList list(chunk_bytes);
   for (size_t i = 0; i < numels.size(); ++i) list.add(nullptr, numels[i], dtype_named(dtypes[i]));
   return list;
 }
@@ -41,7 +40,7 @@ GradList list_of(const std::vector<int64_t>& numels, const std::vector<std::stri
 std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks(const std::vector<int64_t>& numels,
                                                           const std::vector<std::string>& dtypes,
                                                           int64_t chunk_bytes) {
-  const GradList list = list_of(numels, dtypes, chunk_bytes);
+  const TensorList list = list_of(numels, dtypes, chunk_bytes);
   std::vector<std::tuple<int64_t, int64_t, int64_t>> result;
   for (int64_t index = 0; index < list.chunks(); ++index) {
     const Chunk chunk = list.chunk(index, list.tensor_of(index));
@@ -54,7 +53,7 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks(const std::vector<int6
 std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> launches(
     const std::vector<int64_t>& numels, const std::vector<std::string>& dtypes,
     int64_t chunk_bytes) {
-  const GradList list = list_of(numels, dtypes, chunk_bytes);
+  const TensorList list = list_of(numels, dtypes, chunk_bytes);
   std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> result;
   LaunchTable<kLargeLaunchTensors> table;
   for (int64_t first = 0; first < list.size(); first += table.tensors) {
@@ -73,7 +72,7 @@ std::tuple<int64_t, int64_t, int64_t> split(uint64_t address, int64_t numel, int
 /// "none", "duplicates" or "overlap" for memory at these addresses, all of one dtype.
 std::string aliasing_of(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& numels,
                         const std::string& dtype) {
-  GradList list(64);
+  TensorList list(64);
   for (size_t i = 0; i < numels.size(); ++i) {
     list.add(reinterpret_cast<void*>(addresses[i]), numels[i], dtype_named(dtype));
   }
@@ -107,7 +106,7 @@ class Random {
 /// list as in its launch.
 void check_cut(Random& random) {
   const int64_t chunk_bytes = int64_t{8} << random.below(40);
-  GradList list(chunk_bytes);
+  TensorList list(chunk_bytes);
   for (int64_t tensors = random.below(12); tensors != 0; --tensors) {
     const auto dtype = static_cast<DType>(random.below(kDTypes));
     const int64_t whole = random.below(4) * chunk_numel(dtype, chunk_bytes);
@@ -152,11 +151,11 @@ void check_split(Random& random) {
 
 /// Compares every pair of a random list that hardly, partly or entirely coincides.
 void check_aliasing(Random& random) {
-  GradList list(64);
+  TensorList list(64);
   const int64_t space = int64_t{1} << random.below(20);
   for (int64_t tensors = random.below(12); tensors != 0; --tensors) {
     if (list.size() != 0 && random.below(8) == 0) {
-      const Grad again = list[random.below(list.size())];
+      const Span again = list[random.below(list.size())];
       list.add(again.data, again.numel, again.dtype);
     } else {
       const auto dtype = static_cast<DType>(random.below(kDTypes));
@@ -167,7 +166,7 @@ void check_aliasing(Random& random) {
   bool overlap = false, duplicates = false;
   for (int64_t i = 0; i < list.size(); ++i) {
     for (int64_t j = 0; j < i; ++j) {
-      const Grad &a = list[i], &b = list[j];
+      const Span &a = list[i], &b = list[j];
       const auto begin_a = reinterpret_cast<uintptr_t>(a.data);
       const auto begin_b = reinterpret_cast<uintptr_t>(b.data);
       const uint64_t end_a = begin_a + static_cast<uint64_t>(a.numel * item_size(a.dtype));
@@ -220,7 +219,10 @@ double run_kernel(const std::string& isa, const std::string& kernel, const std::
 
 }  // namespace
 
-void define_testing(py::module_& m) {
+}  // namespace gradclip
+
+PYBIND11_MODULE(_testing, m) {
+  using namespace gradclip;
   m.def("chunks", &chunks);
   m.def("launches", &launches);
   m.def("split", &split);
@@ -232,5 +234,3 @@ void define_testing(py::module_& m) {
   m.def("run_kernel", &run_kernel, py::arg("isa"), py::arg("kernel"), py::arg("dtype"),
         py::arg("address"), py::arg("numel"), py::arg("x") = 0.0, py::arg("y") = 0.0);
 }
-
-}  // namespace gradclip

@@ -1,30 +1,21 @@
-"""The public clipping functions: arguments and gradients are checked here, backends do the work."""
+"""The public clipping functions: check the arguments, read the gradients, norm, coefficient, apply."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# torch's own functions, kept from before patch_torch() could replace them: a tensor subclass
-# goes to these, and looking them up at call time would come back here.
-from torch.nn.utils import clip_grad_norm_ as _torch_clip_grad_norm_
-from torch.nn.utils import clip_grad_value_ as _torch_clip_grad_value_
-from torch.nn.utils import clip_grads_with_norm_ as _torch_clip_grads_with_norm_
-from torch.nn.utils import get_total_norm as _torch_get_total_norm
-
-from gradclip_ext import backends, checks
-from gradclip_ext.backends import Backend
-from gradclip_ext.backends.foreach import clip_coef
-from gradclip_ext.tracing import operations_are_followed
+from gradclip_ext import _torch_functions, arguments
+from gradclip_ext.backends import Selection
+from gradclip_ext.gradients import check_representable, is_dispatch_subclass, read_gradients, read_tensors
+from gradclip_ext.interception import is_intercepted
+from gradclip_ext.norms import Rule, raise_if_nonfinite
 
 Tensors = Tensor | Iterable[Tensor]
-Serving = dict[torch.device, Backend]
-_IS_CPU = operator.attrgetter("is_cpu")
-_WIDE = (torch.float64, torch.complex128)
 
 
 def clip_grad_norm_(
@@ -57,7 +48,7 @@ def clip_grad_norm_(
         foreach: None or True lets a whole list be handled at once, False takes one tensor
             at a time; meaning and errors are torch's.
         backend: name of the backend to insist on, or None to choose by device. A gradient
-            with gaps in memory or of complex dtype is served by ``"foreach"`` whichever
+            with gaps in memory or of complex dtype is handled by ``"foreach"`` whichever
             backend is named.
 
     Returns:
@@ -90,35 +81,22 @@ def clip_grad_norm_(
         Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
         networks", ICML 2013, algorithm 1.
     """
-    listed = checks.as_list("parameters", parameters)
-    max_norm = checks.as_threshold("max_norm", max_norm)
-    norm_type = checks.as_float("norm_type", norm_type)
-    for fused in backends.fused(backend, foreach):
-        served = fused.clip_grad_norm_(listed, max_norm, norm_type, bool(error_if_nonfinite))
-        if served is not None:
-            norm, refused = served
-            if refused:
-                _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
-            return norm
+    listed = arguments.as_list("parameters", parameters)
+    rule = Rule(arguments.as_threshold("max_norm", max_norm), bool(error_if_nonfinite))
+    norm_type = arguments.as_float("norm_type", norm_type)
     with torch.no_grad():
-        grads = checks.gradients(listed)
-        serving = backends.choose(backend, foreach, _devices(grads))
-        if not grads:
+        gradients = read_gradients(listed, Selection(backend, foreach, is_intercepted()))
+        if gradients is None:
+            return _torch_functions.clip_grad_norm_(
+                listed, rule.max_norm, norm_type, error_if_nonfinite, foreach
+            )
+        if not gradients.tensors:
             return torch.tensor(0.0)
-        if checks.has_dispatch_subclass(grads):
-            return _torch_clip_grad_norm_(listed, max_norm, norm_type, error_if_nonfinite, foreach)
-        dtypes = checks.readable(grads)
-        checks.writable(grads)
-        plain = checks.unique(checks.as_plain(grads))
-        if not error_if_nonfinite:
-            clipped = _clip_norm_(serving, plain, max_norm, norm_type)
-            if clipped is not None:
-                return clipped
-        norm = _total_norm(serving, plain, dtypes, norm_type)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(norm, norm_type, [p.grad for p in listed])
-        _scale_(serving, plain, max_norm, norm)
-        return norm
+        total_norm, clip_coef = gradients.norm(norm_type, rule)
+        if rule.error_if_nonfinite:
+            raise_if_nonfinite(total_norm, norm_type, [p.grad for p in listed])
+        gradients.scale_(clip_coef)
+        return total_norm
 
 
 def get_total_norm(
@@ -139,26 +117,19 @@ def get_total_norm(
         >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    listed = checks.as_list("tensors", tensors)
-    norm_type = checks.as_float("norm_type", norm_type)
-    for fused in backends.fused(backend, foreach):
-        norm = fused.get_total_norm(listed, norm_type)
-        if norm is not None:
-            if error_if_nonfinite:
-                _raise_if_nonfinite(norm, norm_type, listed)
-            return norm
+    listed = arguments.as_list("tensors", tensors)
+    rule = Rule(math.inf, bool(error_if_nonfinite))
+    norm_type = arguments.as_float("norm_type", norm_type)
     with torch.no_grad():
-        given = checks.all_tensors("tensors", listed)
-        serving = backends.choose(backend, foreach, _devices(given))
-        if not given:
+        given = read_tensors(listed, Selection(backend, foreach, is_intercepted()))
+        if given is None:
+            return _torch_functions.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
+        if not given.tensors:
             return torch.tensor(0.0)
-        if checks.has_dispatch_subclass(given):
-            return _torch_get_total_norm(given, norm_type, error_if_nonfinite, foreach)
-        dtypes = checks.readable(given)
-        norm = _total_norm(serving, checks.unique(checks.as_plain(given)), dtypes, norm_type)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(norm, norm_type, given)
-        return norm
+        total_norm, _ = given.norm(norm_type, rule)
+        if rule.error_if_nonfinite:
+            raise_if_nonfinite(total_norm, norm_type, listed)
+        return total_norm
 
 
 def clip_grads_with_norm_(
@@ -196,24 +167,16 @@ def clip_grads_with_norm_(
         >>> weight.grad
         tensor([0.3000, 0.4000])
     """
-    listed = checks.as_list("parameters", parameters)
-    max_norm = checks.as_threshold("max_norm", max_norm)
-    checks.total_norm(total_norm)
-    for fused in backends.fused(backend, foreach):
-        if fused.clip_grads_with_norm_(listed, max_norm, total_norm):
-            return
+    listed = arguments.as_list("parameters", parameters)
+    rule = Rule(arguments.as_threshold("max_norm", max_norm))
+    total_norm = arguments.as_total_norm(total_norm)
     with torch.no_grad():
-        grads = checks.gradients(listed)
-        serving = backends.choose(backend, foreach, _devices(grads))
-        if not grads:
-            return
-        if checks.has_dispatch_subclass([*grads, total_norm]):
-            _torch_clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
-            return
-        checks.readable(grads)
-        checks.writable(grads)
-        (norm,) = checks.as_plain([total_norm])
-        _scale_(serving, checks.unique(checks.as_plain(grads)), max_norm, norm)
+        selection = Selection(backend, foreach, is_intercepted())
+        gradients = read_gradients(listed, selection, allows_sparse=True)
+        if gradients is None or is_dispatch_subclass(total_norm):
+            _torch_functions.clip_grads_with_norm_(listed, rule.max_norm, total_norm, foreach)
+        elif gradients.tensors:
+            gradients.scale_(rule.clip_coef(total_norm))
 
 
 def clip_grad_value_(
@@ -250,18 +213,11 @@ def clip_grad_value_(
         >>> weight.grad
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    listed = checks.as_list("parameters", parameters)
-    clip_value = checks.as_threshold("clip_value", clip_value)
-    for fused in backends.fused(backend, foreach):
-        if fused.clamp_grad_(listed, -clip_value, clip_value):
-            return
+    listed = arguments.as_list("parameters", parameters)
+    clip_value = arguments.as_threshold("clip_value", clip_value)
     with torch.no_grad():
-        grads = checks.gradients(listed)
-        serving = backends.choose(backend, foreach, _devices(grads))
-        if checks.has_dispatch_subclass(grads):
-            _torch_clip_grad_value_(listed, clip_value, foreach)
-            return
-        _clamp_(serving, grads, -clip_value, clip_value)
+        if not _clamp_(listed, -clip_value, clip_value, Selection(backend, foreach, is_intercepted())):
+            _torch_functions.clip_grad_value_(listed, clip_value, foreach)
 
 
 def clamp_grad_(
@@ -297,92 +253,21 @@ def clamp_grad_(
         >>> weight.grad
         tensor([-0.1000,  0.5000,  1.0000])
     """
-    listed = checks.as_list("parameters", parameters)
-    low, high = checks.as_bounds(min, max)
-    for fused in backends.fused(backend, None):
-        if fused.clamp_grad_(listed, low, high):
-            return
+    listed = arguments.as_list("parameters", parameters)
+    low, high = arguments.as_bounds(min, max)
     with torch.no_grad():
-        grads = checks.gradients(listed)
-        serving = backends.choose(backend, None, _devices(grads))
-        if checks.has_dispatch_subclass(grads):
-            for grad in grads:
-                grad.clamp_(low, high)
-            return
-        _clamp_(serving, grads, low, high)
+        if not _clamp_(listed, low, high, Selection(backend, None, is_intercepted())):
+            for parameter in listed:
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(low, high)
 
 
-def _clip_norm_(
-    serving: Serving, grads: Sequence[Tensor], max_norm: float, norm_type: float
-) -> Tensor | None:
-    """Return the norm if one backend serves all and could do everything at once; None if nothing is done."""
-    (backend, *others) = serving.values()
-    clip_norm_ = getattr(backend, "clip_norm_", None)
-    if others or clip_norm_ is None:
-        return None
-    norm: Tensor | None = clip_norm_(grads, max_norm, norm_type)
-    return norm
-
-
-def _total_norm(
-    serving: Serving, tensors: Sequence[Tensor], dtypes: set[torch.dtype], norm_type: float
-) -> Tensor:
-    """Return the norm in its public dtype; between devices only one 0-d tensor each travels."""
-    dtype = torch.float32 if dtypes.isdisjoint(_WIDE) else torch.float64
-    home = tensors[0].device
-    norms = [
-        serving[device].norm(group, norm_type).to(home)
-        for device, group in _by_device(serving, tensors).items()
-        if any(t.numel() > 0 for t in group)
-    ]
-    return _combined(norms, norm_type).to(dtype) if norms else torch.zeros((), dtype=dtype, device=home)
-
-
-def _combined(norms: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Return the norm of a list from the norms of its parts; order 0 counts, so counts add up."""
-    if len(norms) == 1:
-        return norms[0]
-    stacked = torch.stack(list(norms))
-    total: Tensor = stacked.sum() if norm_type == 0.0 else torch.linalg.vector_norm(stacked, norm_type)
-    return total
-
-
-def _scale_(serving: Serving, grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
-    if max_norm == math.inf:  # only report: even a NaN norm must not turn into a NaN coefficient
-        if not operations_are_followed():
-            torch.autograd.graph.increment_version(grads)
-        return
-    coef = clip_coef(norm, max_norm)
-    for device, group in _by_device(serving, grads).items():
-        # From the CPU, a copy would wait for the device; a number that the host knows is filled in.
-        moves = coef.is_cpu and device.type != "cpu" and not operations_are_followed()
-        there = coef.new_full((), coef.item(), device=device) if moves else coef.to(device)
-        serving[device].scale_(group, there)
-
-
-def _clamp_(serving: Serving, grads: list[Tensor], low: float, high: float) -> None:
-    if not grads:
-        return
-    dtypes = checks.readable(grads)
-    checks.writable(grads)
-    checks.representable(dtypes, low, high)
-    # No need for checks.unique: clamping a gradient twice is clamping it once.
-    for device, group in _by_device(serving, checks.as_plain(grads)).items():
-        serving[device].clamp_(group, low, high)
-
-
-def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
-    if not torch.compiler.is_compiling() and tensors and all(map(_IS_CPU, tensors)):
-        return [tensors[0].device]  # four times as fast as asking every tensor for its device
-    return list(dict.fromkeys([t.device for t in tensors]))  # in list order: a set's order varies
-
-
-def _by_device(serving: Serving, tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[Tensor]]:
-    if len(serving) == 1:
-        return dict.fromkeys(serving, tensors)
-    return {device: [t for t in tensors if t.device == device] for device in serving}
-
-
-def _raise_if_nonfinite(norm: Tensor, norm_type: float, tensors: Sequence[Tensor | None]) -> None:
-    if not torch.isfinite(norm):  # the one host synchronisation, asked for by name
-        raise RuntimeError(checks.nonfinite_message(norm_type, tensors))
+def _clamp_(parameters: list[Any], low: float, high: float, selection: Selection) -> bool:
+    """Clamp the gradients, or return False for a list that belongs to torch's own functions."""
+    gradients = read_gradients(parameters, selection, clamps=True)
+    if gradients is None:
+        return False
+    if gradients.tensors:
+        check_representable(gradients.dtypes(), low, high)
+        gradients.clamp_(low, high)
+    return True

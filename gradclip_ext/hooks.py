@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradclip_ext import checks
+from gradclip_ext import arguments
+from gradclip_ext.gradients import check_representable
 
 
 class ClampHandle:
@@ -90,15 +92,16 @@ def register_clamp_hook(
         tensor([-0.5000,  1.0000,  2.0000])
         >>> handle.remove()
     """
-    low, high = checks.as_bounds(min, max)
+    low, high = arguments.as_bounds(min, max)
     if isinstance(parameters_or_module, torch.nn.Module):
-        checks.not_sharded(parameters_or_module)
+        _check_not_sharded(parameters_or_module)
         parameters_or_module = parameters_or_module.parameters()
     name = "parameters_or_module"
-    listed: list[Any] = checks.as_list(name, parameters_or_module)
-    tensors = [t for t in checks.all_tensors(name, listed) if t.requires_grad]
-    checks.hooks_run(tensors)
-    checks.representable({t.dtype for t in tensors}, low, high)
+    listed: list[Any] = arguments.as_list(name, parameters_or_module)
+    tensors = [t for t in arguments.all_tensors(name, listed) if t.requires_grad]
+    _check_hooks_run(tensors)
+    # grad_dtype (torch >= 2.10) is the dtype of the gradient where that is not the parameter's.
+    check_representable({getattr(t, "grad_dtype", None) or t.dtype for t in tensors}, low, high)
 
     def clamp(grad: Tensor) -> Tensor:
         return torch.clamp(grad, low, high)
@@ -112,3 +115,24 @@ def register_clamp_hook(
         handle.remove()
         raise
     return handle
+
+
+def _check_not_sharded(module: torch.nn.Module) -> None:
+    """Refuse a module of ``fully_shard``'s: it gathers its parameters into other tensors for every pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has such a module has imported it
+    if fsdp and any(isinstance(m, fsdp.FSDPModule) for m in module.modules()):
+        _raise_hooks_never_run(f"{type(module).__name__} is or holds a module of FSDP's fully_shard")
+
+
+def _check_hooks_run(tensors: Sequence[Tensor]) -> None:
+    """Refuse parameters that FSDP has made views of a flat one, which is the one that gets a gradient."""
+    for tensor in tensors:
+        if getattr(tensor, "_fsdp_flattened", False) and not hasattr(tensor, "_is_flat_param"):
+            _raise_hooks_never_run(f"a parameter of shape {tuple(tensor.shape)} is part of FSDP's flat one")
+
+
+def _raise_hooks_never_run(why: str) -> NoReturn:
+    raise RuntimeError(
+        f"{why}, so hooks on its parameters would never run: call clamp_grad_(parameters, min, max) after "
+        "backward"
+    )

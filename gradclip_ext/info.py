@@ -1,4 +1,4 @@
-"""``python -m gradclip_ext.info``: what was installed, which backend serves which device, and why not."""
+"""``python -m gradclip_ext.info``: what was installed, which backend handles which device, and why not."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def report() -> str:
     lines.append("backends")
     for name, backend in backends.ALL.items():
         for device in [torch.device("cpu"), *(gpus or [torch.device("cuda")])]:
-            reason = backend.unusable(device)
+            reason = backend.why_unavailable(device)
             if reason is None and device.type == "cuda" and not gpus:
                 reason = "no CUDA device is visible"
-            lines.append(f"  {name:<9} {device!s:<7} {'usable' if reason is None else 'no: ' + reason}")
+            lines.append(f"  {name:<9} {device!s:<7} {'available' if reason is None else 'no: ' + reason}")
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ _REPLACEMENTS: dict[_Place, Callable[..., Any]] = {
     (torch.nn.utils.clip_grad, "clip_grad_norm_"): clip.clip_grad_norm_,
     (torch.nn.utils.clip_grad, "clip_grad_value_"): clip.clip_grad_value_,
 }
+# What was there before the first patch is kept in torch's module, where a reload of this one finds it.
+_ORIGINALS = "_replaced_by_gradclip_ext"
 
 
 def _current() -> dict[_Place, Callable[..., Any]]:
@@ -32,7 +34,9 @@ def _install(functions: dict[_Place, Callable[..., Any]]) -> None:
         setattr(module, name, function)
 
 
-_ORIGINALS = _current()
+def _patch() -> None:
+    vars(torch.nn.utils.clip_grad).setdefault(_ORIGINALS, _current())
+    _install(_REPLACEMENTS)
 
 
 class _Patch:
@@ -41,13 +45,13 @@ class _Patch:
     def __init__(self) -> None:
         self._before = [_current()]
         self._entered = False
-        _install(_REPLACEMENTS)
+        _patch()
 
     def __enter__(self) -> _Patch:
         if self._entered:  # a second `with` on one object has a "before" of its own
             self._before.append(_current())
         self._entered = True
-        _install(_REPLACEMENTS)
+        _patch()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -79,5 +83,5 @@ def patch_torch() -> _Patch:
 
 
 def unpatch_torch() -> None:
-    """Put torch.nn.utils' own clipping functions back, however often they were replaced."""
-    _install(_ORIGINALS)
+    """Put back the functions that the first :func:`patch_torch` replaced, however often it was called."""
+    _install(vars(torch.nn.utils.clip_grad).pop(_ORIGINALS, {}))

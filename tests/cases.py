@@ -182,7 +182,7 @@ def devices() -> list[str]:
 
 def served(name: str) -> list[Target]:
     """Return the targets at which a backend can be tested on this machine."""
-    usable = [d for d in devices() if backends.ALL[name].unusable(torch.device(d)) is None]
+    usable = [d for d in devices() if backends.ALL[name].why_unavailable(torch.device(d)) is None]
     targets = [Target(name, device) for device in usable]
     if name == "foreach":
         targets += [Target(name, "cpu", "loop"), Target(name, "cpu", "blind")]
@@ -196,7 +196,7 @@ def targets() -> list[Any]:
         found = served(name)
         params += [pytest.param(target, id=str(target)) for target in found]
         if not found:
-            why = "; ".join(f"{d}: {backend.unusable(torch.device(d))}" for d in devices())
+            why = "; ".join(f"{d}: {backend.why_unavailable(torch.device(d))}" for d in devices())
             params.append(
                 pytest.param(None, id=name, marks=pytest.mark.skip(reason=f"{name} is unusable: {why}"))
             )
@@ -207,7 +207,7 @@ def cpu_backends() -> list[Any]:
     """Return the names of the backends, skipping those that do not serve the CPU, for use in a subprocess."""
     params: list[Any] = []
     for name, backend in backends.ALL.items():
-        why = backend.unusable(torch.device("cpu"))
+        why = backend.why_unavailable(torch.device("cpu"))
         skip = [] if why is None else [pytest.mark.skip(reason=f"{name} does not serve the CPU: {why}")]
         params.append(pytest.param(name, id=name, marks=skip))
     return params

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import SEED, Target, targets
 
-from gradclip_ext.backends import foreach, triton_workspace
+from gradclip_ext.backends import foreach
+from gradclip_ext.backends.triton import memory
 
 hypothesis.settings.register_profile(
     "gradclip_ext",
@@ -58,5 +59,5 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
     """A list for what triton_fakes.py notes, and no tables from before."""
-    monkeypatch.setattr(triton_workspace, "_workspaces", {})
+    monkeypatch.setattr(memory, "_workspaces", {})
     return []

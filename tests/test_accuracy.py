@@ -30,7 +30,7 @@ over_devices = pytest.mark.parametrize("device", devices())
 @functools.cache
 def large(backend: str, device: str, dtype: str) -> dict:
     """Return what large_worker.py measured; both tests below read one run."""
-    reason = gradclip_ext.backends.ALL[backend].unusable(torch.device(device))
+    reason = gradclip_ext.backends.ALL[backend].why_unavailable(torch.device(device))
     if reason is not None:
         pytest.skip(f"{backend} does not serve {device}: {reason}")
     return json.loads(run_python(str(TESTS / "large_worker.py"), backend, device, dtype, timeout=300))

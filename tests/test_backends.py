@@ -36,12 +36,12 @@ def test_same_verbs_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", list(backends.ALL))
 def test_unusable_gives_a_reason_or_none(name: str) -> None:
     for device_type in ("cpu", "cuda", "meta"):
-        reason = backends.ALL[name].unusable(torch.device(device_type))
+        reason = backends.ALL[name].why_unavailable(torch.device(device_type))
         assert reason is None or (isinstance(reason, str) and len(reason) > 10), (name, device_type, reason)
 
 
 def test_foreach_is_always_there() -> None:
-    assert backends.ALL["foreach"].unusable(torch.device("cpu")) is None
+    assert backends.ALL["foreach"].why_unavailable(torch.device("cpu")) is None
     assert list(backends.ALL)[-1] == "foreach", "the fallback comes last in the order of preference"
 
 
@@ -90,7 +90,7 @@ def test_empty_environment_variable_is_no_name(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", list(backends.ALL))
 def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
-    unusable = {d: backends.ALL[name].unusable(torch.device(d)) for d in ("cpu", "meta")}
+    unusable = {d: backends.ALL[name].why_unavailable(torch.device(d)) for d in ("cpu", "meta")}
     for device, reason in unusable.items():
         if reason is None:
             continue
@@ -107,7 +107,7 @@ def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
 def test_irregular_gradients_are_served_whichever_backend_is_named() -> None:
     """Gaps and complex numbers have no fused kernel; naming a backend does not make them an error."""
     for name, backend in backends.ALL.items():
-        if backend.unusable(torch.device("cpu")) is not None:
+        if backend.why_unavailable(torch.device("cpu")) is not None:
             continue
         grads = [random(6, 4)[::2], random(5, dtype=torch.complex64), random(7), random(3, 4).t()]
         before = clones(grads)
@@ -201,7 +201,7 @@ def test_a_gpu_without_code_in_the_binary_is_told_once(
     gpu_with_obstacle(("no kernel image is available", True))
     backend = CudaBackend()
     with pytest.warns(RuntimeWarning, match="compute capability 7.0") as warned:
-        reasons = {backend.unusable(torch.device(d)) for d in ("cuda", "cuda:0", "cuda")}
+        reasons = {backend.why_unavailable(torch.device(d)) for d in ("cuda", "cuda:0", "cuda")}
     assert len(warned) == 1 and len(reasons) == 1
     (reason,) = reasons
     assert reason is not None and 'TORCH_CUDA_ARCH_LIST="7.0"' in reason and "8.0;9.0" in reason
@@ -213,7 +213,7 @@ def test_a_gpu_that_no_build_can_serve_is_not_told_to_rebuild(
     gpu_with_obstacle(("no kernel image is available", True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
     with pytest.warns(RuntimeWarning, match=r"6\.1 .*the kernels need 7\.0"):
-        assert "reinstall" not in str(CudaBackend().unusable(torch.device("cuda")))
+        assert "reinstall" not in str(CudaBackend().why_unavailable(torch.device("cuda")))
 
 
 def test_kernels_that_cannot_be_loaded_now_are_no_reason_to_rebuild(
@@ -221,7 +221,7 @@ def test_kernels_that_cannot_be_loaded_now_are_no_reason_to_rebuild(
 ) -> None:
     gpu_with_obstacle(("out of memory", False))
     backend = CudaBackend()
-    reason = backend.unusable(torch.device("cuda"))
+    reason = backend.why_unavailable(torch.device("cuda"))
     assert reason is not None and "out of memory" in reason and "reinstall" not in reason
     gpu_with_obstacle(None)
-    assert backend.unusable(torch.device("cuda")) is None
+    assert backend.why_unavailable(torch.device("cuda")) is None

@@ -25,7 +25,7 @@ if _core.C is None:
     pytest.skip(f"needs the compiled module, but {_core.REASON}", allow_module_level=True)
 
 core = _core.C.cpu
-testing = _core.C._testing
+testing = _testing
 
 
 def with_grads(*grads: Tensor) -> list[torch.nn.Parameter]:

@@ -20,7 +20,7 @@ from gradclip_ext import _core
 if _core.C is None:
     pytest.skip(f"needs the compiled module, but {_core.REASON}", allow_module_level=True)
 
-testing = _core.C._testing
+testing = _testing
 
 over_instruction_sets = pytest.mark.parametrize("isa", testing.instruction_sets())
 
@@ -166,7 +166,7 @@ def test_a_planted_overrun_is_caught(isa: str, kernel: str, tmp_path: Path) -> N
 import torch
 from gradclip_ext import _core
 x = torch.zeros(100)
-run = lambda numel: _core.C._testing.run_kernel({isa!r}, {kernel!r}, "float32", x.data_ptr(), numel, 1.0, 1.0)
+run = lambda numel: _testing.run_kernel({isa!r}, {kernel!r}, "float32", x.data_ptr(), numel, 1.0, 1.0)
 run(100)
 print("so far so good", flush=True)
 run(101)

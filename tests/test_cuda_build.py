@@ -32,7 +32,7 @@ def test_insisting_on_cuda_says_why_not() -> None:
     with pytest.raises(RuntimeError, match="its kernels run on NVIDIA GPUs"):
         clip_grad_norm_(params, 0.1, backend="cuda")
     assert_same_bits(params[0].grad, before[0])
-    assert "no CUDA device" in str(backends.ALL["cuda"].unusable(torch.device("cuda")))
+    assert "no CUDA device" in str(backends.ALL["cuda"].why_unavailable(torch.device("cuda")))
 
 
 def test_cuda_kernels_leave_cpu_tensors_alone() -> None:

@@ -20,7 +20,7 @@ import gradclip_ext
 from gradclip_ext import backends
 
 GPU = torch.device("cuda")
-WHY_NOT = {name: backends.ALL[name].unusable(GPU) for name in ("cuda", "triton")}
+WHY_NOT = {name: backends.ALL[name].why_unavailable(GPU) for name in ("cuda", "triton")}
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is visible", allow_module_level=True)

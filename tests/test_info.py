@@ -20,7 +20,7 @@ def test_every_backend_has_a_line_with_a_verdict() -> None:
     lines = info.report().splitlines()
     for name, backend in backends.ALL.items():
         (line,) = [entry for entry in lines if entry.split()[:2] == [name, "cpu"]]
-        reason = backend.unusable(torch.device("cpu"))
+        reason = backend.why_unavailable(torch.device("cpu"))
         assert ("usable" in line and "no:" not in line) if reason is None else reason in line
 
 

@@ -31,7 +31,7 @@ w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
 assert gradclip_ext.clip_grad_norm_([w], 1.0) == 5.0
 loaded = getattr(sys.modules.get("gradclip_ext._C"), "__name__", None)
 count = sum("gradclip_ext" in str(c.message) for c in caught)
-print(loaded, count, backends.ALL["cpu"].unusable(torch.device("cpu")))
+print(loaded, count, backends.ALL["cpu"].why_unavailable(torch.device("cpu")))
 print(report.report())
 try:
     gradclip_ext.clip_grad_norm_([w], 1.0, backend="cpu")

@@ -13,7 +13,7 @@ from oracle import parameter
 import gradclip_ext
 from gradclip_ext import backends
 
-UNUSABLE = backends.ALL["cuda"].unusable(torch.device("cuda"))
+UNUSABLE = backends.ALL["cuda"].why_unavailable(torch.device("cuda"))
 pytestmark = pytest.mark.skipif(UNUSABLE is not None, reason=f"cuda cannot serve a GPU here: {UNUSABLE}")
 SHAPES = ((70_001,), (0,), (33,), (129, 65), ())
 

@@ -23,7 +23,7 @@ from triton_fakes import FakeKernel, launches, with_fake_kernels
 
 import gradclip_ext
 from gradclip_ext import backends
-from gradclip_ext.backends import triton_workspace
+from gradclip_ext.backends import memory
 from gradclip_ext.backends.triton import CompileError, TritonBackend
 
 # ---------------------------------------------------------------- launches
@@ -167,8 +167,8 @@ def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.Mo
         return plain(*args, **options)  # page-locked memory needs a GPU
 
     monkeypatch.setattr(torch, "empty", pageable)
-    monkeypatch.setattr(triton_workspace, "_SLAB_NUMEL", 100)
-    slab = triton_workspace._Slab()
+    monkeypatch.setattr(memory, "_SLAB_NUMEL", 100)
+    slab = memory._Slab()
     taken = [slab.take(numel).fill_(numel) for numel in (30, 60, 20, 500, 90)]
     assert all((t == n).all() and t.numel() == n for t, n in zip(taken, (30, 60, 20, 500, 90)))
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
@@ -206,7 +206,7 @@ def test_compile_failure_gives_way_to_foreach_with_one_warning(
         assert gradclip_ext.clip_grad_norm_(weight, 2.5) == 5.0
     assert len(caught) == 1 and "foreach" in str(caught[0].message)
     torch.testing.assert_close(weight.grad, torch.tensor([1.5, 2.0]))
-    assert "no such instruction" in (backend.unusable(torch.device("cpu")) or "")
+    assert "no such instruction" in (backend.why_unavailable(torch.device("cpu")) or "")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradclip_ext.clip_grad_value_(weight, 1.75)
@@ -232,7 +232,7 @@ def test_the_automatic_choice_has_a_way_out_and_leaves_the_interpreter_alone(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     automatic = backends._AUTOMATIC["triton"]
     assert isinstance(automatic, TritonBackend) and automatic._fallback is backends.ALL["foreach"]
-    assert "by name" in (TritonBackend(backends.ALL["foreach"]).unusable(torch.device("cpu")) or "")
+    assert "by name" in (TritonBackend(backends.ALL["foreach"]).why_unavailable(torch.device("cpu")) or "")
     names = list(backends.ALL)
     assert names == list(backends._AUTOMATIC) and names[-1] == "foreach"
 
@@ -266,7 +266,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     def reason(device: str = "cuda:0", **modules: Any) -> str | None:
         with monkeypatch.context() as patch:
             imported(patch, **modules)
-            return TritonBackend().unusable(torch.device(device))
+            return TritonBackend().why_unavailable(torch.device(device))
 
     def triton(version: str) -> Any:
         return SimpleNamespace(__version__=version, JITFunction=JITFunction)

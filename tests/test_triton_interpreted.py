@@ -19,7 +19,7 @@ def test_suite_in_the_interpreter() -> None:
     """All that the suite asks of a backend, and what only these kernels can get wrong."""
     why_not = (
         "import torch; from gradclip_ext import backends; "
-        "print(backends.ALL['triton'].unusable(torch.device('cpu')) or '')"
+        "print(backends.ALL['triton'].why_unavailable(torch.device('cpu')) or '')"
     )
     reason = run_with_triton("-c", why_not, timeout=120, interpret=True).strip()
     if reason:

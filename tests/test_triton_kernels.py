@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import backends, reference
-from gradclip_ext.backends import triton_table, triton_workspace
+from gradclip_ext.backends import triton_table, memory
 
 backend = backends.ALL["triton"]
-UNUSABLE = backend.unusable(torch.device("cpu"))
+UNUSABLE = backend.why_unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(
     UNUSABLE is not None, reason=f"triton does not serve the CPU here: {UNUSABLE}"
 )
@@ -161,8 +161,8 @@ def test_same_bits_at_any_alignment(dtype: torch.dtype) -> None:
 def test_same_bits_for_any_number_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 2, 5, 64):
-        monkeypatch.setattr(triton_workspace, "_workspaces", {})
-        monkeypatch.setattr(triton_workspace, "_INTERPRETED_PROGRAMS", programs)
+        monkeypatch.setattr(memory, "_workspaces", {})
+        monkeypatch.setattr(memory, "_INTERPRETED_PROGRAMS", programs)
         torch.manual_seed(1)
         grads = [*borders(torch.float32), *borders(torch.float16)[:5]]
         norms = [backend.norm(grads, p) for p in (1.0, 2.0, 3.0, math.inf)]
@@ -247,8 +247,8 @@ def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     genuine = triton_table.Table
-    monkeypatch.setattr(triton_workspace, "Table", table)
-    monkeypatch.setattr(triton_workspace, "_workspaces", {})
+    monkeypatch.setattr(memory, "Table", table)
+    monkeypatch.setattr(memory, "_workspaces", {})
     backend.scale_([x], torch.tensor(0.5))
     assert torch.equal(x[-40:], values * 0.5)
     backend.clamp_([x], -0.1, 0.1)

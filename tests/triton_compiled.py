@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradclip_ext.backends import triton_kernels, triton_workspace
+from gradclip_ext.backends import triton_kernels, memory
 from gradclip_ext.backends.triton import TritonBackend, _Launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,8 +62,8 @@ class Recorder(TritonBackend):
 def verbs(grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: float = 0.5) -> dict[str, Any]:
     """Return the binaries that all verbs together use for a list."""
     backend = Recorder()
-    triton_workspace._workspaces.clear()
-    with triton_workspace.workspace_of(grads[0].device) as workspace:
+    memory._workspaces.clear()
+    with memory.workspace_of(grads[0].device) as workspace:
         workspace.warp_size = TARGET.warp_size
     backend.norm(grads, p)
     backend.clip_norm_(grads, 1.0, p)

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../grad_list.h"
+#include "core/tensor_list.h"
 
 namespace gradclip::cpu {
 

@@ -1,4 +1,4 @@
-// KV: clamp every gradient to [min, max] in one pass.
+// Clamp every gradient to [min, max] in one pass.
 
 #pragma once
 

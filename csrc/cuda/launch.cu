@@ -2,24 +2,31 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "clamp.cuh"
 #include "launch.h"
 #include "norm.cuh"
-#include "norm_wide.cuh"
+#include "norm_float64.cuh"
 #include "scale.cuh"
 
 namespace gradclip::cuda {
 namespace {
 
-// Zero when the kernels are loaded, and out of every allocator's reach.
-__device__ unsigned tickets[kTickets];
+// The counters through which the blocks of a norm find out which of them is the last. Zero when the
+// kernels are loaded, left at zero by every norm, and out of every allocator's reach.
+constexpr int kArrivalCounters = 1024;
+__device__ unsigned arrival_counters[kArrivalCounters];
+constexpr int64_t kCounterBytes = 16;  // in scratch memory; keeps the partials behind it aligned
 
 /// What a launch needs to know of the device it goes to, and of the code that this device runs.
 struct Device {
+  int index = 0;
+  unsigned* arrival_counters = nullptr;
   int multiprocessors = 0;
   bool dependent_launch = false;
   bool large_parameters = false;
@@ -34,7 +41,7 @@ cudaError_t load(cudaFuncAttributes& scale) {
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<L1, Table>);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<L2, Table>);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<LInf, Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_wide_kernel<Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_float64_kernel<Table>);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, clamp_kernel<Table>);
   return error;
 }
@@ -43,6 +50,7 @@ cudaError_t describe(int index, Device& device) {
   int driver = 0;
   cudaFuncAttributes scale;
   cudaError_t error = cudaDriverGetVersion(&driver);
+  device.index = index;
   if (error == cudaSuccess) error = load<LaunchTable<kSmallLaunchTensors>>(scale);
 #if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
   device.large_parameters = driver >= 12010;
@@ -50,6 +58,10 @@ cudaError_t describe(int index, Device& device) {
     error = load<LaunchTable<kLargeLaunchTensors>>(scale);
   }
 #endif
+  // Asked once, here, where the binding has made sure that asking breaks nobody's capture.
+  void* counters = nullptr;
+  if (error == cudaSuccess) error = cudaGetSymbolAddress(&counters, arrival_counters);
+  device.arrival_counters = static_cast<unsigned*>(counters);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
@@ -82,7 +94,7 @@ cudaError_t current_device(Device& device) {
 /// As many blocks as are resident at once, but no more than there is work for: a block wants a
 /// tile for each of its warps, or a small tensor for each.
 template <typename Table>
-unsigned blocks_for(const GradList& list, const Table& table, const Device& device) {
+unsigned blocks_for(const TensorList& list, const Table& table, const Device& device) {
   constexpr int kBlocksPerMultiprocessor = 4;
   const int64_t chunks = table.chunks();
   const int64_t busy = list.bytes() / (kWarps * kTileBytes) + chunks / kWarps + 1;
@@ -111,7 +123,7 @@ cudaError_t enqueue(void (*kernel)(Parameters...), unsigned blocks, bool depende
 /// Calls `launch(table, device, is_last)` for one table after the other; blocks go the same way
 /// within each.
 template <int kCapacity, typename Launch>
-cudaError_t for_each_table(const GradList& list, Order order, const Device& device,
+cudaError_t for_each_table(const TensorList& list, Order order, const Device& device,
                            Launch&& launch) {
   std::vector<int64_t> firsts;
   for (int64_t first = 0; first < list.size(); first = launch_end(list, first, kCapacity)) {
@@ -129,7 +141,7 @@ cudaError_t for_each_table(const GradList& list, Order order, const Device& devi
 
 /// Copying 4 KiB of parameters costs less than 32, so short lists take the small table.
 template <typename Launch>
-cudaError_t for_each_launch(const GradList& list, Order order, Launch&& launch) {
+cudaError_t for_each_launch(const TensorList& list, Order order, Launch&& launch) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
@@ -141,6 +153,34 @@ cudaError_t for_each_launch(const GradList& list, Order order, Launch&& launch) 
   return for_each_table<kSmallLaunchTensors>(list, order, device, launch);
 }
 
+/// The counter of a stream, which it keeps as long as the process lives: clearing one would be
+/// another kernel a step. Null for streams beyond the last counter.
+unsigned* kept_counter(const Device& device, cudaStream_t stream) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, cudaStream_t>, int> slots;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto slot = slots.try_emplace({device.index, stream}, static_cast<int>(slots.size())).first;
+  return slot->second < kArrivalCounters ? device.arrival_counters + slot->second : nullptr;
+}
+
+/// Finds a counter that is zero when the norm begins. One in scratch memory, which is cleared first,
+/// serves a graph, since other work may be under way on the stream that it was captured on when it
+/// is replayed, and a stream that may end with work still to do, when another can get its handle.
+cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream,
+                         unsigned** counter) {
+  Device device;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaError_t error = current_device(device);
+  if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &capture);
+  if (error != cudaSuccess) return error;
+  if (capture == cudaStreamCaptureStatusNone && is_pool_stream) {
+    *counter = kept_counter(device, stream);
+    if (*counter != nullptr) return cudaSuccess;
+  }
+  *counter = static_cast<unsigned*>(scratch);
+  return cudaMemsetAsync(scratch, 0, sizeof **counter, stream);
+}
+
 }  // namespace
 
 cudaError_t probe() {
@@ -150,33 +190,29 @@ cudaError_t probe() {
   return error;
 }
 
-cudaError_t find_ticket(int slot, unsigned** ticket) {
-  void* address = nullptr;
-  const cudaError_t error = cudaGetSymbolAddress(&address, tickets);
-  *ticket = static_cast<unsigned*>(address) + slot;
-  return error;
+int64_t norm_scratch_bytes(const TensorList& list) {
+  return kCounterBytes + list.chunks() * static_cast<int64_t>(sizeof(Scaled));
 }
 
-int64_t norm_partials_bytes(const GradList& list) {
-  return list.chunks() * static_cast<int64_t>(sizeof(Scaled));
-}
-
-cudaError_t launch_norm(const GradList& list, double norm_type, double max_norm,
-                        const NormBuffers& buffers, cudaStream_t stream) {
+cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
+                        const NormBuffers& buffers, cudaStream_t stream, bool is_pool_stream) {
+  unsigned* counter = nullptr;
+  const cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &counter);
+  if (error != cudaSuccess) return error;
   NormOutput out = {};
-  out.partials = static_cast<double*>(buffers.partials);
+  out.partials = reinterpret_cast<double*>(static_cast<char*>(buffers.scratch) + kCounterBytes);
   out.chunks = list.chunks();
   out.total_norm = buffers.total_norm;
   out.clip_coef = buffers.clip_coef;
-  out.wide = buffers.wide;
-  out.max_norm = max_norm;
+  out.float64 = buffers.float64;
+  out.rule = rule;
   const auto launch = [&](const auto& table, const Device& device, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
-    out.ticket = is_last ? buffers.ticket : nullptr;
+    out.arrivals = is_last ? counter : nullptr;
     const unsigned blocks = blocks_for(list, table, device);
     if (list.holds(DType::kFloat64) ||
         !(norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type))) {
-      return enqueue(norm_wide_kernel<Table>, blocks, false, stream, table, out, norm_type);
+      return enqueue(norm_float64_kernel<Table>, blocks, false, stream, table, out, norm_type);
     }
     const auto kernel = norm_type == 2.0   ? norm_kernel<L2, Table>
                         : norm_type == 1.0 ? norm_kernel<L1, Table>
@@ -186,17 +222,17 @@ cudaError_t launch_norm(const GradList& list, double norm_type, double max_norm,
   return for_each_launch(list, Order::kForward, launch);
 }
 
-cudaError_t launch_scale(const GradList& list, const void* clip_coef, bool wide,
+cudaError_t launch_scale(const TensorList& list, const void* clip_coef, bool float64,
                          cudaStream_t stream) {
   const auto launch = [&](const auto& table, const Device& device, bool) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(scale_kernel<Table>, blocks_for(list, table, device), device.dependent_launch,
-                   stream, table, clip_coef, wide);
+                   stream, table, clip_coef, float64);
   };
   return for_each_launch(list, Order::kBackward, launch);
 }
 
-cudaError_t launch_clamp(const GradList& list, double min, double max, cudaStream_t stream) {
+cudaError_t launch_clamp(const TensorList& list, double min, double max, cudaStream_t stream) {
   const auto launch = [&](const auto& table, const Device& device, bool) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(clamp_kernel<Table>, blocks_for(list, table, device), false, stream, table, min,

@@ -1,4 +1,4 @@
-// What the binding calls: CUDA kernels over a grad list, enqueued on a stream. No torch here.
+// What the binding calls: CUDA kernels on a tensor list, enqueued on a stream of the current device.
 
 #pragma once
 
@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#include "grad_list.h"
+#include "core/rule.h"
+#include "core/tensor_list.h"
 
 namespace gradclip::cuda {
 
@@ -15,33 +16,29 @@ constexpr int64_t kChunkBytes = 65536;
 
 /// Where launch_norm finds scratch memory on the device and leaves its results.
 struct NormBuffers {
-  void* partials;    // norm_partials_bytes(list), uninitialised
-  unsigned* ticket;  // zero, and zero again when the norm is done; not shared between streams
-  void* total_norm;  // one float or, with `wide`, one double
+  void* scratch;     // norm_scratch_bytes(list), uninitialised, 16-byte aligned
+  void* total_norm;  // one float or, with `float64`, one double
   void* clip_coef;   // the same
-  bool wide;
+  bool float64;
 };
 
-int64_t norm_partials_bytes(const GradList& list);
+int64_t norm_scratch_bytes(const TensorList& list);
 
 /// Tells whether the binary holds code for the current device: cudaSuccess, or why not. Clears the
-/// error.
+/// error. The first call on a device loads the kernels.
 cudaError_t probe();
 
-/// Counters that are zero, as NormBuffers wants one, on every device.
-constexpr int kTickets = 1024;
-cudaError_t find_ticket(int slot, unsigned** ticket);
+/// Enqueues the norm of order `norm_type`, which is positive or inf, and the coefficient that the
+/// rule makes of it. The list holds at least one element and no empty tensor. `is_pool_stream`: the
+/// stream lives as long as the process, as torch's own do.
+cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
+                        const NormBuffers& buffers, cudaStream_t stream, bool is_pool_stream);
 
-/// Enqueues the norm of order `norm_type`, which is positive or inf, and the coefficient
-/// min(1, max_norm / (total_norm + 1e-6)). The list holds at least one element and no empty tensor.
-cudaError_t launch_norm(const GradList& list, double norm_type, double max_norm,
-                        const NormBuffers& buffers, cudaStream_t stream);
-
-/// Enqueues the multiplication by a device coefficient, a float or, with `wide`, a double.
-cudaError_t launch_scale(const GradList& list, const void* clip_coef, bool wide,
+/// Enqueues the multiplication by a device coefficient, a float or, with `float64`, a double.
+cudaError_t launch_scale(const TensorList& list, const void* clip_coef, bool float64,
                          cudaStream_t stream);
 
 /// Enqueues the clamp to [min, max].
-cudaError_t launch_clamp(const GradList& list, double min, double max, cudaStream_t stream);
+cudaError_t launch_clamp(const TensorList& list, double min, double max, cudaStream_t stream);
 
 }  // namespace gradclip::cuda

@@ -1,7 +1,8 @@
-// K1: the norm of all gradients of a launch, in one pass at memory speed.
+// The norm of all gradients of a launch, in one pass at memory speed.
 
 #pragma once
 
+#include "core/rule.h"
 #include "reduce.cuh"
 #include "walk.cuh"
 
@@ -10,29 +11,27 @@ namespace gradclip::cuda {
 /// Where a norm goes, and what becomes of it.
 struct NormOutput {
   double* partials;  // one per chunk of the whole list, by index
-  unsigned* ticket;  // 0 between launches; null in all launches of a list but the last
+  unsigned* arrivals;  // 0 between launches; null in all launches of a list but the last
   int64_t chunks;    // of the whole list
   void* total_norm;  // one float or double
   void* clip_coef;   // the same
-  bool wide;         // double, because a gradient is
-  double max_norm;
+  bool float64;      // both are double, because a gradient is
+  Rule rule;
 
-  /// A kernel that lets the next one in early obliges it to wait, so none but ours may follow.
-  __device__ bool scale_follows() const { return ticket != nullptr && max_norm < INFINITY; }
+  /// A kernel that lets the next one start early obliges it to wait, so only ours may follow.
+  __device__ bool scale_follows() const { return arrivals != nullptr && !rule.only_reports(); }
 };
 
-/// Writes total_norm and min(1, max_norm / (total_norm + 1e-6)) in torch's order of operations,
-/// reciprocal first, in the precision of the result. NaN stays NaN.
+/// Writes the norm and the coefficient in the precision of the result.
 template <typename T>
 __device__ void write_norm_as(const NormOutput& out, double norm) {
   const T total_norm = static_cast<T>(norm);
-  const T coef = T(1) / (total_norm + static_cast<T>(1e-6)) * static_cast<T>(out.max_norm);
   *static_cast<T*>(out.total_norm) = total_norm;
-  *static_cast<T*>(out.clip_coef) = coef > T(1) ? T(1) : coef;
+  *static_cast<T*>(out.clip_coef) = out.rule.clip_coef(total_norm);
 }
 
 __device__ inline void write_norm(const NormOutput& out, double norm) {
-  if (out.wide) {
+  if (out.float64) {
     write_norm_as<double>(out, norm);
   } else {
     write_norm_as<float>(out, norm);
@@ -100,7 +99,7 @@ __device__ double warp_sum(const T* x, int length, Share share, int lane) {
 }
 
 /// Contract: kThreads threads; any grid; table of float32, bfloat16 and float16 tensors. Writes
-/// out.partials[c] for the launch's chunks, and the last block to finish a launch with a ticket
+/// out.partials[c] for the launch's chunks, and the last block to finish a launch that has `arrivals`
 /// writes the norm and the coefficient. The bits depend on values and sizes only.
 template <typename Norm, typename Table>
 __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant__ Table table,
@@ -128,7 +127,7 @@ __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant
     }
   });
   if (out.scale_follows()) let_next_kernel_launch();
-  if (out.ticket != nullptr && is_last_block(out.ticket)) finalize<Norm>(out);
+  if (out.arrivals != nullptr && is_last_block(out.arrivals)) finalize<Norm>(out);
 }
 
 }  // namespace gradclip::cuda

@@ -80,14 +80,14 @@ __device__ double block_reduce(double value, double* shared) {
 }
 
 /// Tells all threads of one block, and one only, that every block has come here; what the others
-/// wrote before is then visible to it. `ticket` starts at 0 and is 0 again afterwards, so it
+/// wrote before is then visible to it. `arrivals` starts at 0 and is 0 again afterwards, so it
 /// serves one launch after the other without being cleared.
-__device__ inline bool is_last_block(unsigned* ticket) {
+__device__ inline bool is_last_block(unsigned* arrivals) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // for the whole block: what it wrote before the barrier comes first
-    last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+    last = atomicInc(arrivals, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
   if (last) __threadfence();

@@ -1,4 +1,4 @@
-// K2: multiply every gradient by a coefficient that only the device knows.
+// Multiply every gradient by a coefficient that only the device knows.
 
 #pragma once
 
@@ -13,7 +13,7 @@ __device__ void multiply(T& x, double coef) {
   from_float(to_float(x) * static_cast<float>(coef), x);
 }
 
-/// Contract: kThreads threads, any grid, any dtypes. `clip_coef` is a float or, with `wide`, a
+/// Contract: kThreads threads, any grid, any dtypes. `clip_coef` is a float or, with `float64`, a
 /// double. Writes nothing if it is 1 or more: multiplying by 1 is the identity, bit for bit.
 ///
 /// Walks each block's chunks backwards, because what the norm kernel read last is still in L2;
@@ -21,9 +21,9 @@ __device__ void multiply(T& x, double coef) {
 template <typename Table>
 __global__ __launch_bounds__(kThreads, 4) void scale_kernel(const __grid_constant__ Table table,
                                                             const void* clip_coef,
-                                                            const bool wide) {
+                                                            const bool float64) {
   wait_for_previous_kernel();
-  const double coef = wide ? *static_cast<const double*>(clip_coef)
+  const double coef = float64 ? *static_cast<const double*>(clip_coef)
                            : static_cast<double>(*static_cast<const float*>(clip_coef));
   if (coef >= 1.0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "grad_list.h"
+#include "core/tensor_list.h"
 #include "launch.h"
 
 namespace gradclip::cuda {

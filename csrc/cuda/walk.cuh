@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "grad_list.h"
+#include "core/tensor_list.h"
 #include "vec.cuh"
 
 namespace gradclip::cuda {

@@ -1,113 +1,135 @@
-"""The compiled backends, ``cuda`` and ``cpu``: one pass over memory per verb, for a whole list.
-
-What the kernels do not take (gaps in memory, complex dtypes, orders p <= 0) goes to the foreach
-backend, tensor by tensor, without holding the others back.
-"""
+"""The compiled backends, ``cpu`` and ``cuda``: the kernels in csrc, one pass over memory an operation."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip_ext import _core
-from gradclip_ext.backends.foreach import ForeachBackend
+from gradclip_ext import _extension
+from gradclip_ext.backends.base import TensorList
+from gradclip_ext.norms import Coefficient, Rule
 
 _OLDEST_CAPABILITY = (7, 0)  # for launches with more than 4 KB of parameters
 
 
-class CompiledBackend:
-    """The verbs on the tensors of one device type, by the kernels in csrc."""
-
-    name: str
-
-    def __init__(self) -> None:
-        self._others = ForeachBackend()
-
-    @property
-    def _kernels(self) -> _core.Kernels:
-        assert _core.C is not None
-        kernels: _core.Kernels = getattr(_core.C, self.name)
-        return kernels
-
-    def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        if not norm_type > 0:
-            return self._others.norm(tensors, norm_type)
-        norm, left = self._kernels.norm(list(tensors), norm_type)
-        if not left:
-            assert norm is not None  # the list has an element
-            return norm
-        other = self._others.norm([tensors[i] for i in left], norm_type).double()
-        if norm is None or len(left) == len(tensors):
-            return other
-        return self.norm([torch.stack([norm, other])], norm_type)
-
-    def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
-        left = self._kernels.scale_(list(grads), clip_coef)
-        if left:
-            self._others.scale_([grads[i] for i in left], clip_coef)
-
-    def clamp_(self, grads: Sequence[Tensor], min: float, max: float) -> None:
-        left = self._kernels.clamp_(list(grads), min, max)
-        if left:
-            self._others.clamp_([grads[i] for i in left], min, max)
-
-
-class CpuBackend(CompiledBackend):
+class CpuBackend:
     """Tensors in CPU memory, by vectorised kernels on torch's threads (csrc/cpu)."""
 
     name = "cpu"
 
-    def unusable(self, device: torch.device) -> str | None:
-        if _core.C is None:
-            return _core.REASON
+    def why_unavailable(self, device: torch.device) -> str | None:
+        if _extension.C is None:
+            return _extension.REASON
         return None if device.type == "cpu" else "its kernels run on the CPU"
 
+    def norm(
+        self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
+    ) -> tuple[Tensor, Coefficient]:
+        norm, clip_coef = _extension.C.cpu_norm(
+            tensors.native(), norm_type, rule.max_norm, dtype is torch.float64
+        )
+        return torch.tensor(norm, dtype=dtype, device="cpu"), clip_coef
 
-class CudaBackend(CompiledBackend):
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+        _extension.C.cpu_scale_(tensors.native(), float(clip_coef))
+
+    def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
+        _extension.C.cpu_clamp_(tensors.native(), min, max)
+
+
+class CudaBackend:
     """Tensors on NVIDIA GPUs, by the kernels in csrc/cuda, on the current stream of their device.
 
-    Nothing waits for the device. Scratch memory comes from torch's allocator and goes back to it
-    when a call returns; a counter of 4 bytes per device and stream stays.
+    Results and scratch memory come from torch's allocator; the scratch memory goes back to it, for later
+    work on the same stream, when a call returns.
     """
 
     name = "cuda"
 
     def __init__(self) -> None:
-        super().__init__()
+        self._usable: set[torch.device] = set()
         self._unfit: dict[int, str] = {}  # GPUs that the binary has no code for, each warned about once
 
-    def unusable(self, device: torch.device) -> str | None:
-        if _core.C is None:
-            return _core.REASON
+    def why_unavailable(self, device: torch.device) -> str | None:
+        if device in self._usable:
+            return None
+        reason = self._find_reason(device)
+        if reason is None:
+            self._usable.add(device)
+        return reason
+
+    def _find_reason(self, device: torch.device) -> str | None:
+        if _extension.C is None:
+            return _extension.REASON
         if device.type != "cuda":
             return "its kernels run on NVIDIA GPUs"
-        if _core.BUILT_FOR_CUDA is None:
-            return (
-                "the compiled module was built without CUDA (GRADCLIP_EXT_BUILD=cpu, torch without "
-                "CUDA, or no fitting CUDA toolkit: see the log of pip install -v)"
-            )
-        built = f"built for CUDA {_core.BUILT_FOR_CUDA}, architectures {_core.ARCHITECTURES}"
+        if not hasattr(_extension.C, "cuda_norm"):
+            return f"the compiled module was built without CUDA: {_extension.CUDA_REASON}"
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} was built without CUDA"
+        built = f"built with CUDA {_extension.BUILT_FOR_CUDA}, architectures {_extension.ARCHITECTURES}"
         if not torch.cuda.is_available():
             return f"{built}; no CUDA device is visible"
         index = torch.cuda.current_device() if device.index is None else device.index
-        obstacle = _core.C.cuda_obstacle(index)
-        if obstacle is None:
+        found: tuple[str, bool] | None = _extension.C.cuda_why_unavailable(index)
+        if found is None:
             return None
-        reason, lasts = obstacle
-        if not lasts:
+        reason, is_permanent = found
+        if not is_permanent:
             return f"{built}; the kernels cannot be loaded now: {reason}"
         if index not in self._unfit:
-            major, minor = torch.cuda.get_device_capability(index)
-            remedy = f'reinstall with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
-            if (major, minor) < _OLDEST_CAPABILITY:
-                remedy = "the kernels need 7.0"
-            self._unfit[index] = (
-                f"{built}; this GPU has compute capability {major}.{minor} ({reason}): {remedy}"
-            )
+            self._unfit[index] = f"{built}; {_why_unfit(index, reason)}"
             warnings.warn(
                 f"cuda:{index} gets slower backends: {self._unfit[index]}", RuntimeWarning, stacklevel=2
             )
         return self._unfit[index]
+
+    def norm(
+        self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
+    ) -> tuple[Tensor, Coefficient]:
+        native = tensors.native()
+        norm = torch.empty((), dtype=dtype, device=tensors.device)
+        clip_coef = torch.empty((), dtype=dtype, device=tensors.device)
+        scratch = torch.empty(
+            _extension.C.cuda_norm_scratch_bytes(native), dtype=torch.uint8, device=tensors.device
+        )
+        stream = torch.cuda.current_stream(tensors.device)
+        _extension.C.cuda_norm(
+            native,
+            norm_type,
+            rule.max_norm,
+            dtype is torch.float64,
+            norm.data_ptr(),
+            clip_coef.data_ptr(),
+            scratch.data_ptr(),
+            stream.cuda_stream,
+            _is_pool_stream(stream),
+        )
+        return norm, clip_coef
+
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+        if not isinstance(clip_coef, Tensor):
+            clip_coef = torch.full((), clip_coef, dtype=torch.float64, device=tensors.device)
+        stream = torch.cuda.current_stream(tensors.device).cuda_stream
+        is_float64 = clip_coef.dtype is torch.float64
+        _extension.C.cuda_scale_(tensors.native(), clip_coef.data_ptr(), is_float64, stream)
+
+    def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
+        stream = torch.cuda.current_stream(tensors.device).cuda_stream
+        _extension.C.cuda_clamp_(tensors.native(), min, max, stream)
+
+
+def _is_pool_stream(stream: Any) -> bool:
+    """Tell whether a stream is torch's own: the id of an external one is its handle, the default's are 0."""
+    return bool(stream.stream_id == 0 or stream.stream_id != stream.cuda_stream)
+
+
+def _why_unfit(index: int, reason: str) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    remedy = f'reinstall with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+    if (major, minor) < _OLDEST_CAPABILITY:
+        remedy = "the kernels need 7.0"
+    return f"this GPU has compute capability {major}.{minor} ({reason}): {remedy}"

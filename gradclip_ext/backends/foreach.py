@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from gradclip_ext.tracing import operations_are_followed
+from gradclip_ext.backends.base import TensorList, flat_view, share_memory
+from gradclip_ext.interception import is_intercepted
+from gradclip_ext.norms import Coefficient, Rule, widest_dtype
 
 # Elements of one row of a float32 reduction. torch keeps 8 running sums a row, so 64 roundings
 # follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
@@ -40,13 +41,6 @@ def has_foreach_kernels(device_type: str) -> bool:
     return _device_has_foreach_support(torch.device(device_type))
 
 
-def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
-    """Return min(1, max_norm / (total_norm + 1e-6)) where the norm lives, in float32 or wider."""
-    norm = total_norm if total_norm.dtype in (torch.float32, torch.float64) else total_norm.float()
-    # torch's own order, reciprocal then product: a true division differs by an ulp for many norms
-    return torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0)
-
-
 class ForeachBackend:
     """torch operations on any device.
 
@@ -59,33 +53,38 @@ class ForeachBackend:
     def __init__(self, batched: bool = True) -> None:
         self._batched = batched
 
-    def unusable(self, device: torch.device) -> str | None:
+    def why_unavailable(self, device: torch.device) -> str | None:
         return None
 
-    def norm(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        if not any(t.numel() > 0 for t in tensors):
-            return torch.zeros((), device=tensors[0].device)
-        if not _host_sees(tensors[0]):
-            return _device_norm([t for t in tensors if t.numel() > 0], norm_type, self._batched)
-        return _host_norm(tensors, norm_type, _SMALL if self._batched else 0)
+    def norm(
+        self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
+    ) -> tuple[Tensor, Coefficient]:
+        if _host_sees(tensors.tensors[0]):
+            norm = _host_norm(tensors.tensors, norm_type, _SMALL if self._batched else 0)
+        else:
+            with_elements = [t for t in tensors.tensors if t.numel() > 0]
+            norm = _device_norm(with_elements, norm_type, self._batched)
+        norm = norm.to(dtype)
+        return norm, rule.clip_coef(norm)
 
-    def scale_(self, grads: Sequence[Tensor], clip_coef: Tensor) -> None:
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+        if not isinstance(clip_coef, Tensor):
+            clip_coef = torch.tensor(clip_coef, dtype=widest_dtype(tensors.device), device=tensors.device)
         if _host_sees(clip_coef) and clip_coef.item() >= 1.0:
-            torch.autograd.graph.increment_version(grads)
             return
-        # The coefficient stays a 0-d tensor: as a Python number it would be rounded to bfloat16
-        # along with the gradient and cost four times the host time.
-        for group in _batches(grads, self._batched):
+        # The coefficient stays a 0-d tensor: as a Python number it would be rounded to bfloat16 along with
+        # the gradient and cost four times the host time.
+        for group in _batches(tensors.tensors, self._batched):
             if len(group) > 1:
                 torch._foreach_mul_(group, clip_coef)
             else:
                 group[0].mul_(clip_coef)
 
-    def clamp_(self, grads: Sequence[Tensor], min: float, max: float) -> None:
-        # foreach has no clamp with two bounds: its two passes pay off where calls cost more than
-        # bytes, which on the CPU means small tensors.
-        most = _SMALL if _host_sees(grads[0]) else math.inf
-        for group in _batches(grads, self._batched):
+    def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
+        # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
+        # which on the CPU means small tensors.
+        most = _SMALL if _host_sees(tensors.tensors[0]) else math.inf
+        for group in _batches(tensors.tensors, self._batched):
             together = [g for g in group if g.numel() <= most] if len(group) > 1 else []
             if together:
                 torch._foreach_clamp_min_(together, min)
@@ -95,7 +94,7 @@ class ForeachBackend:
 
 
 def _host_sees(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not operations_are_followed()
+    return tensor.device.type == "cpu" and not is_intercepted()
 
 
 # ---------------------------------------------------------------- values the host can see
@@ -103,9 +102,10 @@ def _host_sees(tensor: Tensor) -> bool:
 
 def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     if math.isnan(p):
-        return torch.tensor(math.nan, device="cpu")
+        return torch.tensor(math.nan, dtype=torch.float64, device="cpu")
     if p == 0.0:
-        return torch.tensor(float(sum(_has_nonzero(t) for t in tensors)), device="cpu")
+        count = sum(_has_nonzero(t) for t in tensors)
+        return torch.tensor(float(count), dtype=torch.float64, device="cpu")
     if math.isinf(p):
         return _extreme(tensors, p, small)
     total, numel = _sum_of_powers(tensors, p, small)
@@ -200,7 +200,7 @@ def _pieces(tensors: Sequence[Tensor], most: int, small: int) -> Iterator[Tensor
         yield from _joined([t for t in group if 0 < t.numel() <= small])
         for tensor in group:
             if tensor.numel() > small:
-                flat = _flat_view(tensor)
+                flat = flat_view(tensor)
                 yield from _copied_pieces(tensor) if flat is None else flat.split(most)
 
 
@@ -237,24 +237,13 @@ def _copied_pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.reshape(-1).contiguous()
 
 
-def _flat_view(tensor: Tensor) -> Tensor | None:
-    """Return a 1-d view of a dense tensor in memory order, or None if it has gaps."""
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(_dims_by_stride(tensor))
-    return tensor.view(-1) if tensor.is_contiguous() else None
-
-
-def _dims_by_stride(tensor: Tensor) -> list[int]:
-    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-
-
 # ---------------------------------------------------------------- values the host cannot see
 
 
 def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
-    # float64 results hold the square of any float32, so nothing overflows and no value decides
-    # what runs next. MPS has no float64.
-    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    # float64 results hold the square of any float32, so nothing overflows and no value decides what runs
+    # next.
+    wide = widest_dtype(tensors[0].device)
     wide_complex = torch.complex64 if wide == torch.float32 else torch.complex128
     norms = [torch.linalg.vector_norm(t, p, dtype=wide_complex) for t in tensors if t.is_complex()]
     real = [t for t in tensors if not t.is_complex()]
@@ -282,24 +271,13 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
         return []
     if batched and (torch.compiler.is_compiling() or _host_sees(tensors[0])):
         return [list(tensors)]
-    if not batched or operations_are_followed() or _share_memory(tensors):
+    if not batched or is_intercepted() or share_memory(tensors):
         return [[t] for t in tensors]
     groups: dict[torch.dtype, list[Tensor]] = {}
     alone: list[list[Tensor]] = []
     for tensor in tensors:
-        if tensor.is_complex() or _flat_view(tensor) is None:
+        if tensor.layout is not torch.strided or tensor.is_complex() or flat_view(tensor) is None:
             alone.append([tensor])
         else:
             groups.setdefault(tensor.dtype, []).append(tensor)
     return [*groups.values(), *alone]
-
-
-def _share_memory(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether the address ranges of two tensors overlap."""
-    ranges = []
-    for t in tensors:
-        if t.numel() > 0 and t.data_ptr() != 0:
-            last = sum((size - 1) * step for size, step in zip(t.shape, t.stride()))
-            ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
-    ranges.sort()
-    return any(start < end for (_, end), (start, _) in pairwise(ranges))

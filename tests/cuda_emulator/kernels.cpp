@@ -6,7 +6,7 @@
 
 #include "cuda/clamp.cuh"
 #include "cuda/norm.cuh"
-#include "cuda/norm_wide.cuh"
+#include "cuda/norm_float64.cuh"
 #include "cuda/scale.cuh"
 
 using namespace gradclip;
@@ -14,8 +14,8 @@ using namespace gradclip::cuda;
 
 namespace {
 
-GradList make_list(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes) {
-  GradList list(kChunkBytes);
+TensorList make_list(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes) {
+  TensorList list(kChunkBytes);
   for (int64_t t = 0; t < tensors; ++t) {
     if (numel[t] > 0) list.add(data[t], numel[t], static_cast<DType>(dtypes[t]));
   }
@@ -24,7 +24,7 @@ GradList make_list(int64_t tensors, void* const* data, const int64_t* numel, con
 
 /// Runs `kernel(table)` for every launch of the list; a small table makes several of a short list.
 template <typename Kernel>
-void for_each_launch(const GradList& list, unsigned blocks, unsigned first_block, Kernel&& kernel) {
+void for_each_launch(const TensorList& list, unsigned blocks, unsigned first_block, Kernel&& kernel) {
   static LaunchTable<16> table;
   for (int64_t first = 0; first < list.size();) {
     first = fill_launch(list, first, table);
@@ -38,22 +38,22 @@ extern "C" {
 
 /// `results` gets the norm and the coefficient; `partials` two doubles a chunk, poisoned before.
 void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
-                   double norm_type, double max_norm, int wide, unsigned blocks,
-                   unsigned first_block, double* partials, unsigned* ticket, void* results) {
-  const GradList list = make_list(tensors, data, numel, dtypes);
+                   double norm_type, double max_norm, int float64, unsigned blocks,
+                   unsigned first_block, double* partials, unsigned* arrivals, void* results) {
+  const TensorList list = make_list(tensors, data, numel, dtypes);
   NormOutput out = {};
   out.partials = partials;
   out.chunks = list.chunks();
   out.total_norm = results;
-  out.clip_coef = static_cast<char*>(results) + (wide ? 8 : 4);
-  out.wide = wide != 0;
-  out.max_norm = max_norm;
-  const bool in_float32 = !wide && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
+  out.clip_coef = static_cast<char*>(results) + (float64 ? 8 : 4);
+  out.float64 = float64 != 0;
+  out.rule = {max_norm};
+  const bool in_float32 = !float64 && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
   for_each_launch(list, blocks, first_block, [&](const auto& table, bool is_last) {
     NormOutput own = out;
-    own.ticket = is_last ? ticket : nullptr;
+    own.arrivals = is_last ? arrivals : nullptr;
     if (!in_float32) {
-      norm_wide_kernel(table, own, norm_type);
+      norm_float64_kernel(table, own, norm_type);
     } else if (norm_type == 2.0) {
       norm_kernel<L2>(table, own);
     } else if (norm_type == 1.0) {
@@ -65,15 +65,15 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
 }
 
 void emulated_scale(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
-                    const void* clip_coef, int wide, unsigned blocks) {
-  const GradList list = make_list(tensors, data, numel, dtypes);
+                    const void* clip_coef, int float64, unsigned blocks) {
+  const TensorList list = make_list(tensors, data, numel, dtypes);
   for_each_launch(list, blocks, 0,
-                  [&](const auto& table, bool) { scale_kernel(table, clip_coef, wide != 0); });
+                  [&](const auto& table, bool) { scale_kernel(table, clip_coef, float64 != 0); });
 }
 
 void emulated_clamp(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
                     double min, double max, unsigned blocks) {
-  const GradList list = make_list(tensors, data, numel, dtypes);
+  const TensorList list = make_list(tensors, data, numel, dtypes);
   for_each_launch(list, blocks, 0, [&](const auto& table, bool) { clamp_kernel(table, min, max); });
 }
 

@@ -15,7 +15,7 @@
 
 #include "cuda/clamp.cuh"
 #include "cuda/norm.cuh"
-#include "cuda/norm_wide.cuh"
+#include "cuda/norm_float64.cuh"
 #include "cuda/scale.cuh"
 
 #undef gridDim  // a field of cudaLaunchConfig_t, too
@@ -83,7 +83,7 @@ void enter_all(std::map<std::string, Launch>& ours) {
   enter<&norm_kernel<L1, Table>>(ours);
   enter<&norm_kernel<L2, Table>>(ours);
   enter<&norm_kernel<LInf, Table>>(ours);
-  enter<&norm_wide_kernel<Table>>(ours);
+  enter<&norm_float64_kernel<Table>>(ours);
   enter<&scale_kernel<Table>>(ours);
   enter<&clamp_kernel<Table>>(ours);
 }

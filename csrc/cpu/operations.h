@@ -1,10 +1,10 @@
-// The three verbs over a list of gradients on the CPU: norm, scale, clamp.
+// The three operations on a list of tensors on the CPU: norm, scale, clamp.
 
 #pragma once
 
 #include <cstdint>
 
-#include "../grad_list.h"
+#include "core/tensor_list.h"
 #include "chunk_kernels.h"
 
 namespace gradclip::cpu {
@@ -18,10 +18,10 @@ constexpr int64_t kChunkBytes = 64 << 10;
 // takes 5 us, or milliseconds when every core is busy.
 constexpr int64_t kSerialBytes = 1 << 20;
 
-/// How a verb gets its threads. The bindings build this on torch's thread pool.
+/// Where an operation gets its threads. The binding builds this on torch's thread pool.
 struct Threads {
-  /// Returns how many threads may run at once. Not called for lists that one thread takes.
-  int64_t (*most)();
+  /// How many threads may run at once. Not read for lists that one thread takes.
+  int64_t max_workers;
   /// Calls work(context) on up to `workers` threads, this one included, and returns when every
   /// call has returned. At least one call must happen; all take their share from one counter.
   void (*run)(int64_t workers, void (*work)(void* context), void* context);
@@ -30,17 +30,17 @@ struct Threads {
 /// Returns the norm of order p of all elements as one vector, p > 0 or inf. Within 1e-6 of the
 /// true one, finite whenever that is representable as a double; NaN if an element is. The bits
 /// depend on the values, sizes and dtypes alone, not on threads or addresses.
-double norm(const GradList& list, double p, const Threads& threads,
+double norm(const TensorList& list, double p, const Threads& threads,
             const ChunkKernels& kernels = chunk_kernels());
 
 /// Multiplies every element by `coef` in float32 arithmetic (float64 for float64), last ones
 /// first: those are what a norm just left in cache. No element may be listed twice.
-void scale(const GradList& list, double coef, const Threads& threads,
+void scale(const TensorList& list, double coef, const Threads& threads,
            const ChunkKernels& kernels = chunk_kernels());
 
 /// Clamps every element to [min, max], rounded to its dtype, and writes only where that changes
 /// something. NaN stays NaN. No element may be listed twice.
-void clamp(const GradList& list, double min, double max, const Threads& threads,
+void clamp(const TensorList& list, double min, double max, const Threads& threads,
            const ChunkKernels& kernels = chunk_kernels());
 
 }  // namespace gradclip::cpu

@@ -67,7 +67,7 @@ __device__ Scaled warp_scaled(const T* x, int length, Share share, double p, int
 }
 
 /// As finalize(), in two readings of the partials: no power waits for another.
-__device__ inline void finalize_wide(const NormOutput& out, double p) {
+__device__ inline void finalize_float64(const NormOutput& out, double p) {
   __shared__ double shared[kWarps];
   const Scaled* partials = reinterpret_cast<const Scaled*>(out.partials);
   double most = 0.0;
@@ -90,7 +90,7 @@ __device__ inline void finalize_wide(const NormOutput& out, double p) {
 /// Contract: as norm_kernel, for tables of any dtype; out.partials holds one Scaled per chunk.
 template <typename Table>
 __global__ __launch_bounds__(kThreads,
-                             4) void norm_wide_kernel(const __grid_constant__ Table table,
+                             4) void norm_float64_kernel(const __grid_constant__ Table table,
                                                       const __grid_constant__ NormOutput out,
                                                       const double p) {
   __shared__ double shared[kWarps];
@@ -110,7 +110,7 @@ __global__ __launch_bounds__(kThreads,
     __syncthreads();
   });
   if (out.scale_follows()) let_next_kernel_launch();
-  if (out.ticket != nullptr && is_last_block(out.ticket)) finalize_wide(out, p);
+  if (out.arrivals != nullptr && is_last_block(out.arrivals)) finalize_float64(out, p);
 }
 
 }  // namespace gradclip::cuda

@@ -36,7 +36,7 @@ GRADCLIP_HOST_DEVICE constexpr int64_t item_size(DType dtype) {
 }
 
 /// One gradient: `numel` elements in adjacent memory, in whatever order its strides give them.
-struct Grad {
+struct Span {
   void* data;
   int64_t numel;
   DType dtype;
@@ -114,9 +114,9 @@ GRADCLIP_HOST_DEVICE constexpr VectorSplit split_vectors(uint64_t address, int64
 // ---------------------------------------------------------------- the list
 
 /// The gradients of one call and their cut into chunks. Built on the host, 33 bytes a tensor.
-class GradList {
+class TensorList {
  public:
-  explicit GradList(int64_t chunk_bytes) : chunk_bytes_(chunk_bytes), chunk_prefix_{0} {}
+  explicit TensorList(int64_t chunk_bytes) : chunk_bytes_(chunk_bytes), chunk_prefix_{0} {}
 
   void reserve(int64_t tensors) {
     grads_.reserve(static_cast<size_t>(tensors));
@@ -136,7 +136,7 @@ class GradList {
   int64_t bytes() const { return bytes_; }
   int64_t numel() const { return numel_; }
   bool holds(DType dtype) const { return dtypes_ >> static_cast<unsigned>(dtype) & 1u; }
-  const Grad& operator[](int64_t tensor) const { return grads_[static_cast<size_t>(tensor)]; }
+  const Span& operator[](int64_t tensor) const { return grads_[static_cast<size_t>(tensor)]; }
   const int64_t* chunk_prefix() const { return chunk_prefix_.data(); }
 
   int64_t tensor_of(int64_t chunk) const {
@@ -145,7 +145,7 @@ class GradList {
 
   /// The chunk with this index, which belongs to `tensor`.
   Chunk chunk(int64_t index, int64_t tensor) const {
-    const Grad& grad = (*this)[tensor];
+    const Span& grad = (*this)[tensor];
     return chunk_of(tensor, index - chunk_prefix()[tensor], grad.numel,
                     chunk_numel(grad.dtype, chunk_bytes_));
   }
@@ -155,7 +155,7 @@ class GradList {
   int64_t bytes_ = 0;
   int64_t numel_ = 0;
   unsigned dtypes_ = 0;  // bit d: some gradient has DType d
-  std::vector<Grad> grads_;
+  std::vector<Span> grads_;
   std::vector<int64_t> chunk_prefix_;
 };
 
@@ -174,8 +174,8 @@ struct Place {
   int64_t tensor;
 };
 
-inline uint64_t begin_of(const Grad& grad) { return reinterpret_cast<uintptr_t>(grad.data); }
-inline uint64_t end_of(const Grad& grad) {
+inline uint64_t begin_of(const Span& grad) { return reinterpret_cast<uintptr_t>(grad.data); }
+inline uint64_t end_of(const Span& grad) {
   return begin_of(grad) + static_cast<uint64_t>(grad.numel * item_size(grad.dtype));
 }
 
@@ -206,11 +206,11 @@ inline void sort_by_begin(std::vector<Place>& places) {
 
 /// Tells whether gradients share memory; empty ones never do. Linear for lists in address order,
 /// rising or falling, and for others but for the sort.
-inline Aliasing aliasing(const GradList& list) {
+inline Aliasing aliasing(const TensorList& list) {
   bool rising = true, falling = true;
   uint64_t last_begin = UINT64_MAX, last_end = 0;
   for (int64_t tensor = 0; tensor < list.size(); ++tensor) {
-    const Grad& grad = list[tensor];
+    const Span& grad = list[tensor];
     if (grad.numel == 0) continue;
     const uint64_t begin = detail::begin_of(grad), end = detail::end_of(grad);
     rising &= last_end <= begin;
@@ -228,9 +228,9 @@ inline Aliasing aliasing(const GradList& list) {
   places.resize(count);
   detail::sort_by_begin(places);
   Aliasing found = Aliasing::kNone;
-  const Grad* before = &list[places.front().tensor];
+  const Span* before = &list[places.front().tensor];
   for (size_t i = 1; i < places.size(); ++i) {
-    const Grad* after = &list[places[i].tensor];
+    const Span* after = &list[places[i].tensor];
     if (detail::end_of(*before) > places[i].begin) {
       const bool same = before->data == after->data && before->numel == after->numel &&
                         before->dtype == after->dtype;
@@ -278,7 +278,7 @@ static_assert(sizeof(LaunchTable<kLargeLaunchTensors>) + kOtherParameterBytes <=
 
 /// Returns the first tensor after a launch that begins at `first` and holds up to `most` tensors
 /// and 2^31 - 1 chunks. One tensor always fits, as long as its chunks do.
-inline int64_t launch_end(const GradList& list, int64_t first, int64_t most) {
+inline int64_t launch_end(const TensorList& list, int64_t first, int64_t most) {
   const int64_t* prefix = list.chunk_prefix();
   const int64_t last = std::min(first + most, list.size());
   return std::upper_bound(prefix + first + 1, prefix + last + 1, prefix[first] + INT32_MAX) -
@@ -287,14 +287,14 @@ inline int64_t launch_end(const GradList& list, int64_t first, int64_t most) {
 
 /// Fills `table` with the tensors of the launch that begins at `first`; returns the first one left.
 template <int kCapacity>
-int64_t fill_launch(const GradList& list, int64_t first, LaunchTable<kCapacity>& table) {
+int64_t fill_launch(const TensorList& list, int64_t first, LaunchTable<kCapacity>& table) {
   const int64_t* prefix = list.chunk_prefix();
   const int64_t end = launch_end(list, first, kCapacity);
   table.first_chunk = prefix[first];
   table.chunk_prefix[0] = 0;
   table.tensors = 0;
   for (int64_t tensor = first; tensor < end; ++tensor) {
-    const Grad& grad = list[tensor];
+    const Span& grad = list[tensor];
     table.data[table.tensors] = grad.data;
     table.numel_and_dtype[table.tensors] = grad.numel * kDTypes + static_cast<int64_t>(grad.dtype);
     table.chunk_prefix[++table.tensors] = static_cast<int32_t>(prefix[tensor + 1] - prefix[first]);

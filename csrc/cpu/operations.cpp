@@ -1,4 +1,4 @@
-#include "verbs.h"
+#include "operations.h"
 
 #include <algorithm>
 #include <atomic>
@@ -28,12 +28,12 @@ struct Piece {
 /// Calls body(piece) for every chunk, on several threads. Which of them takes which run of chunks
 /// is left to chance, so that none waits for a slower one.
 template <typename Body>
-void for_each_chunk(const GradList& list, Order order, const Threads& threads, const Body& body) {
+void for_each_chunk(const TensorList& list, Order order, const Threads& threads, const Body& body) {
   const int64_t chunks = list.chunks();
   if (chunks == 0) return;
   const bool serial = list.bytes() <= kSerialBytes;
   const int64_t workers =
-      serial ? 1 : std::min({threads.most(), chunks, list.bytes() / kBytesPerThread});
+      serial ? 1 : std::min({threads.max_workers, chunks, list.bytes() / kBytesPerThread});
   const int64_t run =
       serial ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
 
@@ -50,7 +50,7 @@ void for_each_chunk(const GradList& list, Order order, const Threads& threads, c
       int64_t tensor = list.tensor_of(first);
       for (int64_t index = first; index != first + count; ++index) {
         while (index >= prefix[tensor + 1]) ++tensor;
-        const Grad& grad = list[tensor];
+        const Span& grad = list[tensor];
         const Chunk chunk = list.chunk(index, tensor);
         body({index, static_cast<int>(grad.dtype),
               static_cast<char*>(grad.data) + chunk.offset * item_size(grad.dtype), chunk.length});
@@ -63,7 +63,7 @@ void for_each_chunk(const GradList& list, Order order, const Threads& threads, c
 
 /// The partial of every chunk, by index: the only memory that a norm takes.
 template <typename Kernel>
-std::vector<double> partials(const GradList& list, const Threads& threads, const Kernel& kernel) {
+std::vector<double> partials(const TensorList& list, const Threads& threads, const Kernel& kernel) {
   std::vector<double> results(static_cast<size_t>(list.chunks()));
   for_each_chunk(list, Order::kForward, threads, [&](const Piece& piece) {
     results[static_cast<size_t>(piece.index)] = kernel(piece);
@@ -95,7 +95,7 @@ double root(double total, double p) {
 
 }  // namespace
 
-double norm(const GradList& list, double p, const Threads& threads, const ChunkKernels& kernels) {
+double norm(const TensorList& list, double p, const Threads& threads, const ChunkKernels& kernels) {
   if (p == 1 || p == 2) {
     const auto& terms = p == 2 ? kernels.sum_squares : kernels.sum_magnitudes;
     const double total = sum(partials(list, threads, [&](const Piece& piece) {
@@ -119,13 +119,13 @@ double norm(const GradList& list, double p, const Threads& threads, const ChunkK
   return largest * root(total, p);
 }
 
-void scale(const GradList& list, double coef, const Threads& threads, const ChunkKernels& kernels) {
+void scale(const TensorList& list, double coef, const Threads& threads, const ChunkKernels& kernels) {
   for_each_chunk(list, Order::kBackward, threads, [&](const Piece& piece) {
     kernels.scale[piece.dtype](piece.data, piece.numel, coef);
   });
 }
 
-void clamp(const GradList& list, double min, double max, const Threads& threads,
+void clamp(const TensorList& list, double min, double max, const Threads& threads,
            const ChunkKernels& kernels) {
   for_each_chunk(list, Order::kForward, threads, [&](const Piece& piece) {
     kernels.clamp[piece.dtype](piece.data, piece.numel, min, max);

@@ -1,4 +1,4 @@
-"""Triton kernels over a table of tensors. Only ``triton.py`` imports this module, when it is first used.
+"""Triton kernels over a table of tensors. Imported when the backend is first used.
 
 A table holds three int64 a tensor: address, number of elements, index of its first chunk; one
 more row ends it. A chunk is ``CHUNK`` elements of one tensor, or what is left of it, and is read

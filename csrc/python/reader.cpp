@@ -1,0 +1,202 @@
+#include "python/reader.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "cpu/operations.h"
+
+namespace gradclip::python {
+namespace {
+
+// ---------------------------------------------------------------- torch, as Python shows it
+
+/// What is asked of torch for every tensor, looked up once.
+struct Torch {
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  /// The C function behind Tensor.grad: 10 ns less than the attribute's look-up. Null if torch
+  /// implements the attribute in another way.
+  getter grad = nullptr;
+  void* grad_closure = nullptr;
+  const dlpack::ExchangeApi* exchange = nullptr;
+  PyObject* is_neg = nullptr;
+
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    // Types live as long as the process: the references are never given back.
+    tensor = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("Tensor")).release().ptr());
+    parameter = reinterpret_cast<PyTypeObject*>(
+        py::object(torch.attr("nn").attr("Parameter")).release().ptr());
+    is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+    const py::object descriptor = torch.attr("Tensor").attr("grad");
+    if (Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) {
+      const auto* def = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+      grad = def->get;
+      grad_closure = def->closure;
+    }
+    if (!py::hasattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__")) return;
+    const py::object capsule = torch.attr("Tensor").attr("__dlpack_c_exchange_api__");
+    const auto* api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+    if (api == nullptr) PyErr_Clear();
+    while (api != nullptr && api->major > dlpack::kMajorVersion) api = api->older;
+    if (api != nullptr && api->major == dlpack::kMajorVersion && api->view != nullptr) {
+      exchange = api;
+    }
+  }
+
+  /// Subclasses may see what is done with them (`__torch_function__`); these two do not.
+  bool is_plain(PyObject* object) const {
+    return Py_IS_TYPE(object, tensor) || Py_IS_TYPE(object, parameter);
+  }
+};
+
+const Torch& torch() {
+  static const Torch* const found = new Torch();
+  return *found;
+}
+
+// ---------------------------------------------------------------- one tensor
+
+std::optional<DType> dtype_of(dlpack::DataType type) {
+  if (type.lanes != 1) return std::nullopt;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return DType::kBFloat16;
+  if (type.code != dlpack::kFloat) return std::nullopt;
+  if (type.bits == 32) return DType::kFloat32;
+  if (type.bits == 64) return DType::kFloat64;
+  if (type.bits == 16) return DType::kFloat16;
+  return std::nullopt;
+}
+
+/// Tells whether the elements fill a range of memory, each once: contiguous, or a permutation of it.
+bool is_dense(const dlpack::Tensor& view) {
+  int64_t expected = 1;
+  int32_t dim = view.ndim;
+  while (dim > 0 && (view.shape[dim - 1] == 1 || view.strides[dim - 1] == expected)) {
+    expected *= view.shape[--dim];
+  }
+  if (dim == 0) return true;
+  constexpr int32_t kMaxDims = 16;
+  std::array<std::pair<int64_t, int64_t>, kMaxDims> dims;  // stride, size
+  int32_t count = 0;
+  for (dim = 0; dim < view.ndim; ++dim) {
+    if (view.shape[dim] == 1) continue;
+    if (count == kMaxDims) return false;
+    dims[static_cast<size_t>(count++)] = {view.strides[dim], view.shape[dim]};
+  }
+  std::sort(dims.begin(), dims.begin() + count);
+  expected = 1;
+  for (dim = 0; dim < count; ++dim) {
+    const auto& [stride, size] = dims[static_cast<size_t>(dim)];
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+/// Adds a tensor to the list, or tells that the kernels do not take it.
+bool add(HeldList& held, PyObject* object, bool is_first) {
+  dlpack::Tensor view;
+  if (torch().exchange->view(object, &view) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool is_host = view.device.type == dlpack::kCpu || view.device.type == dlpack::kCudaHost ||
+                       view.device.type == dlpack::kRocmHost;
+  const bool is_cuda = view.device.type == dlpack::kCuda || view.device.type == dlpack::kRocm;
+  const int32_t index = is_cuda ? view.device.index : 0;
+  if (is_first) {
+    held.is_cuda = is_cuda;
+    held.device_index = index;
+  }
+  if (!(is_host || is_cuda) || is_cuda != held.is_cuda || index != held.device_index) return false;
+  const std::optional<DType> dtype = dtype_of(view.dtype);
+  if (!dtype) return false;
+  int64_t numel = 1;
+  for (int32_t dim = 0; dim < view.ndim; ++dim) numel *= view.shape[dim];
+  held.dtypes |= 1u << static_cast<unsigned>(*dtype);
+  if (numel == 0) return true;
+  // Without memory: a tensor of torch._efficientzerotensor, or storage that FSDP has freed.
+  if (view.data == nullptr || !is_dense(view)) return false;
+  held.spans.add(static_cast<char*>(view.data) + view.byte_offset, numel, *dtype);
+  return true;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- lists
+
+py::list gradients(const py::list& parameters) {
+  py::list found;
+  // The size is asked again each time: a subclass may run code of its own.
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parameters.ptr()); ++i) {
+    const auto parameter = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(parameters.ptr(), i));
+    const bool direct = torch().grad != nullptr && torch().is_plain(parameter.ptr());
+    PyObject* const grad = direct ? torch().grad(parameter.ptr(), torch().grad_closure)
+                                  : PyObject_GetAttrString(parameter.ptr(), "grad");
+    const auto owned = py::reinterpret_steal<py::object>(grad);
+    if (!owned) throw py::error_already_set();
+    if (!owned.is_none() && PyList_Append(found.ptr(), owned.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+  }
+  return found;
+}
+
+bool can_read() { return torch().exchange != nullptr; }
+
+std::optional<HeldList> read_tensors(const py::list& tensors, bool distinct) {
+  const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+  HeldList held{TensorList(cpu::kChunkBytes), tensors};
+  held.spans.reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* const object = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!torch().is_plain(object) || !add(held, object, i == 0)) return std::nullopt;
+  }
+  if (distinct && aliasing(held.spans) != Aliasing::kNone) return std::nullopt;
+  return held;
+}
+
+HeldList from_columns(const py::list& tensors, const std::string& columns, unsigned dtypes,
+                      bool is_cuda, int32_t device_index) {
+  HeldList held{TensorList(cpu::kChunkBytes), tensors, is_cuda, device_index, dtypes};
+  const size_t count = columns.size() / 17;
+  if (columns.size() != 17 * count) throw std::invalid_argument("columns of 17 bytes a tensor");
+  held.spans.reserve(static_cast<int64_t>(count));
+  for (size_t i = 0; i < count; ++i) {
+    void* data;
+    int64_t numel;
+    std::memcpy(&data, &columns[8 * i], 8);
+    std::memcpy(&numel, &columns[8 * (count + i)], 8);
+    held.spans.add(data, numel, static_cast<DType>(columns[16 * count + i]));
+  }
+  return held;
+}
+
+std::string HeldList::columns() const {
+  const auto count = static_cast<size_t>(spans.size());
+  std::string packed(17 * count, '\0');
+  for (size_t i = 0; i < count; ++i) {
+    const Span& span = spans[static_cast<int64_t>(i)];
+    std::memcpy(&packed[8 * i], &span.data, 8);
+    std::memcpy(&packed[8 * (count + i)], &span.numel, 8);
+    packed[16 * count + i] = static_cast<char>(span.dtype);
+  }
+  return packed;
+}
+
+bool any_negative(const py::list& tensors) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    const auto answer =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch().is_neg, tensor));
+    if (!answer) throw py::error_already_set();
+    if (answer.is(py::bool_(true))) return true;
+  }
+  return false;
+}
+
+}  // namespace gradclip::python

@@ -1,0 +1,52 @@
+// From a Python list of tensors to a TensorList, by Python's and DLPack's C interfaces alone.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "core/tensor_list.h"
+#include "python/dlpack.h"
+
+namespace gradclip::python {
+
+namespace py = pybind11;
+
+/// Tensors of one device, with the references that keep them alive.
+struct HeldList {
+  TensorList spans;      // of the tensors that have elements
+  py::list tensors;      // all of them; nobody else changes this list
+  bool is_cuda = false;  // CUDA or ROCm; otherwise in the memory of the host
+  int32_t device_index = 0;
+  unsigned dtypes = 0;  // bit d: some tensor, possibly an empty one, has DType d
+
+  bool holds(DType dtype) const { return dtypes >> static_cast<unsigned>(dtype) & 1u; }
+
+  /// The spans as three columns: addresses and numbers of elements as int64, DTypes as bytes.
+  /// Equal columns mean equal lists.
+  std::string columns() const;
+};
+
+/// Returns the gradients of those parameters that have one, in order, as `[p.grad for p in ...]`
+/// does. Raises AttributeError for an element that has no `.grad`.
+py::list gradients(const py::list& parameters);
+
+/// Whether this torch offers what read_tensors() needs (torch >= 2.10).
+bool can_read();
+
+/// Returns the tensors as kernels take them: each exactly a torch.Tensor or Parameter, strided, of a
+/// kernel dtype, without gaps in memory, on one CPU or GPU, and, if they are `distinct`, without
+/// shared memory. Returns nothing if one of them is not.
+std::optional<HeldList> read_tensors(const py::list& tensors, bool distinct);
+
+/// The same from columns that Python has read, for an older torch. The caller has checked them.
+HeldList from_columns(const py::list& tensors, const std::string& columns, unsigned dtypes,
+                      bool is_cuda, int32_t device_index);
+
+/// Tells whether a tensor is a lazy negative (its memory holds the negated values): DLPack does not
+/// say so. Norms and products come out right without knowing, clamps do not.
+bool any_negative(const py::list& tensors);
+
+}  // namespace gradclip::python

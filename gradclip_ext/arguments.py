@@ -1,0 +1,130 @@
+"""Arguments: numbers, bounds and iterables are converted, or refused with a sentence.
+
+Numbers are compared rather than asked by math.isnan() and the like: torch.compile cannot trace those for a
+number that changes from call to call.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_float(name: str, value: Any) -> float:
+    """Return ``float(value)``; whatever float() refuses is named in the error."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{name} must be a number (int, float, numeric string or one-element tensor with a value) "
+            f"that a float can hold, got {_describe(value)}"
+        ) from error
+
+
+def as_threshold(name: str, value: Any) -> float:
+    """Return ``value`` as a float that is neither NaN nor negative; inf is allowed."""
+    number = as_float(name, value)
+    if not number >= 0.0:
+        raise ValueError(f"{name} must be 0 or more (inf allowed), got {number}")
+    return number
+
+
+def as_bounds(min: Any, max: Any) -> tuple[float, float]:
+    """Return ``(min, max)`` as floats, a bound that is None becoming -inf or inf."""
+    if min is None and max is None:
+        raise ValueError("min and max are both None, so nothing would be clamped: pass at least one")
+    low = -math.inf if min is None else as_float("min", min)
+    high = math.inf if max is None else as_float("max", max)
+    if low > high:
+        raise ValueError(f"min must not exceed max, got min={low}, max={high}")
+    if not low <= high:
+        raise ValueError(f"min and max must not be NaN, got min={low}, max={high}")
+    return low, high
+
+
+def as_list(name: str, tensors: Any) -> list[Any]:
+    """Return the iterable (or single tensor) as a list; as in torch, no parameters from a generator warn."""
+    if type(tensors) is list:  # the usual case, and a copy would touch every tensor
+        return tensors
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if isinstance(tensors, torch.nn.Module) and not hasattr(tensors, "__iter__"):
+        raise TypeError(
+            f"{name} must be a Tensor or an iterable of Tensors, got the module "
+            f"{type(tensors).__name__}: pass {_of_a_module(name)}"
+        )
+    if isinstance(tensors, str) or not (isinstance(tensors, Iterable) or hasattr(tensors, "__getitem__")):
+        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}")
+    result = list(tensors)
+    if isinstance(tensors, Mapping) and not all(isinstance(key, Tensor) for key in result):
+        raise TypeError(f"{name} must be an iterable of Tensors, got {_describe(tensors)}: pass its values()")
+    if not result and isinstance(tensors, types.GeneratorType) and name != "tensors":
+        warnings.warn(
+            f"`{name}` is an empty generator, no gradient clipping will occur.",
+            stacklevel=3,  # as_list, the public function, the caller
+        )
+    return result
+
+
+def as_total_norm(value: Any) -> Tensor:
+    """Return ``value``, a real tensor of one element, as a 0-d tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"total_norm must be a 0-d Tensor, as get_total_norm returns it, got {_describe(value)}: "
+            "wrap a number in torch.tensor(...)"
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"total_norm must have one element, got shape {tuple(value.shape)}: "
+            "take one element of it, or combine the norms first"
+        )
+    if value.is_complex():
+        raise TypeError(f"total_norm must be real, got {value.dtype}: pass its abs()")
+    return value if value.dim() == 0 else value.reshape(())
+
+
+def all_tensors(name: str, tensors: Sequence[Any]) -> list[Tensor]:
+    """Return ``tensors`` if every element is a Tensor."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        raise_if_not_tensors(name, tensors)
+    return list(tensors)
+
+
+def raise_if_not_tensors(name: str, elements: Sequence[Any]) -> None:
+    """Raise if an element is not a tensor; say which, and what was probably meant."""
+    for index, element in enumerate(elements):
+        if isinstance(element, Tensor):
+            continue
+        hint = ""
+        if isinstance(element, tuple):
+            hint = ": pass module.parameters(), not named_parameters()"
+        elif isinstance(element, torch.nn.Module):
+            hint = f": pass {_of_a_module(name)}"
+        elif isinstance(element, dict) and "params" in element:
+            hint = ": pass [p for group in optimizer.param_groups for p in group['params']]"
+        elif isinstance(element, (list, set, dict)):
+            hint = ": flatten nested lists first"
+        raise TypeError(
+            f"every element of {name} must be a Tensor, got {_describe(element)} at position {index}{hint}"
+        )
+
+
+def _of_a_module(name: str) -> str:
+    # get_total_norm of its parameters would be the norm of the weights.
+    if name == "tensors":
+        return "[p.grad for p in module.parameters() if p.grad is not None]"
+    return "module.parameters()"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

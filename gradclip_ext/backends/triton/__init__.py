@@ -1,0 +1,200 @@
+"""The backend of Triton kernels: one pass over memory, and no CUDA toolkit on the user's machine.
+
+The kernels find the tensors through a table in device memory, so that an operation takes one launch per
+dtype in the list, and one more for a norm, whatever its length. memory.py makes tables and keeps them,
+launch.py compiles and launches, kernels.py holds the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.triton.launch import (
+    Call,
+    CompileError,
+    Launch,
+    Launcher,
+    bits_of,
+    options,
+    rounded_bits,
+    tile_of,
+    tile_of_vectors,
+)
+from gradclip_ext.backends.triton.memory import Table, Workspace, prepared
+from gradclip_ext.norms import REPORT, Coefficient, Rule
+
+if TYPE_CHECKING:
+    from gradclip_ext.backends.base import Backend
+
+_OLDEST_CAPABILITY = (7, 0)
+
+# Vectors that a lane has in flight. 8 take 100 registers in norm_kernel for half types, so that 4 programs
+# fit on an SM of an H100: 64 KiB in flight, where its memory latency asks for about 40. The kernels that
+# also write need half the registers and are as far with 4 vectors.
+_NORM_VECS = 8
+_CHANGE_VECS = 4
+# finish_kernel runs on one SM and needs many loads in flight there.
+_FINISH_LANES = 512
+_FINISH_BLOCK = 4096
+
+
+class TritonBackend:
+    """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter.
+
+    A kernel is compiled when it is first needed, a second or so; Triton needs a C compiler for what launches
+    it. Before a CUDA graph is captured, run the same calls once.
+
+    Args:
+        fallback: the backend that takes over, after one warning, once Triton has failed to compile a kernel:
+            for the automatic choice, which leaves the interpreter alone, too. None raises, for callers who
+            have named this backend.
+    """
+
+    name = "triton"
+
+    def __init__(self, fallback: Backend | None = None) -> None:
+        self._fallback = fallback
+        self._reasons: dict[torch.device, str | None] = {}
+        self._launcher = Launcher()
+
+    # ------------------------------------------------------------ operations
+
+    def norm(
+        self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
+    ) -> tuple[Tensor, Coefficient]:
+        norm = torch.empty((), dtype=dtype, device=tensors.device)
+        clip_coef = None if rule.max_norm == math.inf else torch.empty_like(norm)
+        try:
+            with prepared(tensors) as (workspace, table):
+                self._launcher.enqueue(
+                    self._norm_calls(workspace, table, norm_type, norm, clip_coef, rule.max_norm)
+                )
+        except CompileError as error:
+            return self._instead(error, tensors.device).norm(tensors, norm_type, rule, dtype)
+        return norm, 1.0 if clip_coef is None else clip_coef
+
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+        if not isinstance(clip_coef, Tensor):
+            clip_coef = torch.full((), clip_coef, dtype=torch.float64, device=tensors.device)
+        try:
+            with prepared(tensors) as (workspace, table):
+                self._launcher.enqueue(self._scale_calls(workspace, table, clip_coef))
+        except CompileError as error:
+            self._instead(error, tensors.device).scale_(tensors, clip_coef)
+
+    def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
+        try:
+            with prepared(tensors) as (workspace, table):
+                self._launcher.enqueue(self._clamp_calls(workspace, table, min, max))
+        except CompileError as error:
+            self._instead(error, tensors.device).clamp_(tensors, min, max)
+
+    # ------------------------------------------------------------ launches
+
+    def _norm_calls(
+        self,
+        workspace: Workspace,
+        table: Table,
+        norm_type: float,
+        norm: Tensor,
+        clip_coef: Tensor | None,
+        max_norm: float,
+    ) -> list[Call]:
+        """Return the launches that write the norm and, given room for one, the coefficient."""
+        key = "norm", norm_type, norm.dtype, clip_coef is None
+        if key not in table.launches:
+            order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
+            partials, p = workspace.partials(table.chunks), bits_of(norm_type)
+
+            def shape(vec: int) -> dict[str, Any]:
+                return {"ORDER": order, **tile_of(_NORM_VECS, vec)}
+
+            launches = self._launcher.over_groups("norm_kernel", (partials, p), shape, workspace, table)
+            finish = Launch(
+                self._launcher.kernels.finish_kernel,
+                1,
+                (partials, p, table.chunks),
+                {"ORDER": order, "BLOCK": _FINISH_BLOCK},
+                options(_FINISH_LANES, workspace),
+            )
+            table.launches[key] = [*launches, finish]
+        *launches, finish = table.launches[key]
+        return [*((launch, ()) for launch in launches), (finish, (norm, clip_coef, bits_of(max_norm)))]
+
+    def _scale_calls(self, workspace: Workspace, table: Table, clip_coef: Tensor) -> list[Call]:
+        key = "scale", clip_coef.dtype
+        if key not in table.launches:
+            table.launches[key] = self._launcher.over_groups(
+                "scale_kernel", (), _tile_in_place, workspace, table
+            )
+        return [(launch, (clip_coef,)) for launch in table.launches[key]]
+
+    def _clamp_calls(self, workspace: Workspace, table: Table, min: float, max: float) -> list[Call]:
+        key = ("clamp",)
+        if key not in table.launches:
+            table.launches[key] = self._launcher.over_groups(
+                "clamp_kernel", (), _tile_in_place, workspace, table
+            )
+        bounds = bits_of(min), bits_of(max)
+        given = [tuple(rounded_bits(bits, group.dtype) for bits in bounds) for group in table.groups]
+        return list(zip(table.launches[key], given))
+
+    def _instead(self, error: CompileError, device: torch.device) -> Backend:
+        """Return the fallback, with a warning the first time; raise the error if there is none."""
+        if self._fallback is None:
+            raise error
+        if self._reasons.get(device) is None:
+            self._reasons[device] = str(error)
+            warnings.warn(
+                f"{error}\nbackend={self._fallback.name!r} is used from now on", RuntimeWarning, stacklevel=2
+            )
+        return self._fallback
+
+    # ------------------------------------------------------------ where it runs
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        if device not in self._reasons:
+            self._reasons[device] = self._find_reason(device)
+        return self._reasons[device]
+
+    def _find_reason(self, device: torch.device) -> str | None:
+        if device.type not in ("cuda", "cpu"):
+            return f"its kernels have been written for CUDA and ROCm devices, not for {device.type}"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "torch finds no CUDA or ROCm device"
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+            return "it runs on the CPU under TRITON_INTERPRET=1 only, for tests"
+        if device.type == "cpu" and self._fallback is not None:
+            return "Triton's interpreter is slow and has to be asked for by name"
+        try:
+            return self._launcher.load() or self._why_unfit(device)
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+                return "Triton is not installed: pip install triton"
+            return f"Triton cannot be used here: {type(error).__name__}: {error}"
+
+    def _why_unfit(self, device: torch.device) -> str | None:
+        """Return why Triton, once loaded, does not fit a device, or None."""
+        if device.type == "cpu":
+            if not self._launcher.is_interpreted:
+                return "TRITON_INTERPRET was set after Triton had been imported"
+            # Interpreters of Triton have failed on a NumPy newer than themselves.
+            self.norm(TensorList([torch.ones(1, dtype=torch.float32, device="cpu")]), 2.0, REPORT, torch.float32)
+        elif self._launcher.is_interpreted:
+            return "TRITON_INTERPRET is set, and the interpreter cannot read GPU memory"
+        elif torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _OLDEST_CAPABILITY:
+                return f"compute capability 7.0 is needed, this device has {capability[0]}.{capability[1]}"
+        return None
+
+
+def _tile_in_place(vec: int) -> dict[str, Any]:
+    return tile_of_vectors(_CHANGE_VECS, vec)

@@ -1,0 +1,182 @@
+"""Device memory of the triton backend: tables of tensors, partial results, and how long they live."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from array import array
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList
+
+CHUNK_BYTES = 65536
+
+# Programs of a launch. On the CPU they are interpreted one after the other, and there are as many as show
+# whether each finds its share of the work.
+_PROGRAMS_PER_SM = 8
+_INTERPRETED_PROGRAMS = 3
+# Lists that a workspace remembers, at 24 bytes a tensor: a GAN has two, and pointers come and go.
+_MAX_TABLES = 8
+_SLAB_NUMEL = 1 << 17
+# Captured calls that page-locked memory is kept ready for: a step makes two or three with one list.
+_CAPTURED_CALLS = 8
+
+
+class Group(NamedTuple):
+    """The tensors [first, last) of a table, which are of one dtype, and their number of chunks."""
+
+    dtype: torch.dtype
+    first: int
+    last: int
+    chunks: int
+
+
+class Table:
+    """What the kernels have to know of a list of tensors, none of which is kept.
+
+    ``rows``, and its copy ``on_device``, is what kernels.py calls a table. ``launches`` is for the backend
+    to keep what it launches on this table.
+    """
+
+    on_device: Tensor
+
+    def __init__(self, columns: bytes) -> None:
+        integers = 16 * (len(columns) // 17)  # two columns of 8 bytes, one of 1
+        both, codes = array("q", columns[:integers]), columns[integers:]
+        addresses, numels = both[: len(codes)], both[len(codes) :]
+        self.groups: list[Group] = []
+        self.rows = array("q")
+        self.chunks = 0
+        self.launches: dict[tuple[Any, ...], list[Any]] = {}
+        for code in dict.fromkeys(codes):
+            dtype = KERNEL_DTYPES[code]
+            chunk = CHUNK_BYTES // dtype.itemsize
+            first, before = len(self.rows) // 3, self.chunks
+            for address, numel, own in zip(addresses, numels, codes):
+                if own == code:
+                    self.rows.extend((address, numel, self.chunks))
+                    self.chunks += -(-numel // chunk)
+            self.groups.append(Group(dtype, first, len(self.rows) // 3, self.chunks - before))
+        self.rows.extend((0, 0, self.chunks))
+
+
+class _Slab:
+    """Page-locked memory for the tables of captured graphs.
+
+    A graph copies its table from there at every replay and gives no notice of its end, so what was taken is
+    neither reused nor freed: 24 bytes a tensor and capture. It is allocated ahead of time, because not every
+    torch can do that during a capture.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[Tensor] = []
+        self._left = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._lock = threading.Lock()
+
+    def provide(self, numel: int) -> None:
+        """Make sure that so many integers can be taken."""
+        if self._left.numel() >= numel:
+            return
+        with self._lock:
+            self._provide(numel)
+
+    def take(self, numel: int) -> Tensor:
+        with self._lock:
+            self._provide(numel)
+            taken, self._left = self._left[:numel], self._left[numel:]
+            self._taken.append(taken)
+            return taken
+
+    def _provide(self, numel: int) -> None:
+        if self._left.numel() < numel:
+            numel = max(2 * numel, _SLAB_NUMEL)
+            with torch.inference_mode(False):  # a capture outside of it will write there
+                self._left = torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+class Workspace:
+    """Tables and partials of one (device, stream), or of one call while a graph is being captured.
+
+    All of it is written and read in the order of the stream. A table never changes once it is uploaded; the
+    page-locked memory it came from goes back to torch's allocator, which waits for the copy's event before
+    handing it out again. A workspace lives as long as the process.
+
+    ``lock`` is held while a call enqueues, not while the device works: two threads cannot fill one
+    workspace, nor run Triton's interpreter.
+    """
+
+    def __init__(self, device: torch.device, captured: bool) -> None:
+        self.device = device
+        self.programs = _INTERPRETED_PROGRAMS
+        self.warp_size = 32
+        if device.type != "cpu":
+            properties = torch.cuda.get_device_properties(device)
+            self.programs = _PROGRAMS_PER_SM * properties.multi_processor_count
+            self.warp_size = properties.warp_size  # 64 on ROCm's data centre devices
+        self.lock = threading.Lock()
+        self._captured = captured
+        self._tables: list[tuple[bytes, Table]] = []
+        self._partials = torch.empty(0, dtype=torch.float64, device=device)
+
+    def table(self, tensors: TensorList) -> Table:
+        """Return the table of these tensors, uploaded if it is new."""
+        # The columns themselves are compared: through a table found by a hash, a kernel could write to
+        # memory that is no longer a gradient's.
+        columns = tensors.columns()
+        found = next((i for i, (known, _) in enumerate(self._tables) if known == columns), None)
+        if found is None:
+            table = Table(columns)
+            table.on_device = self._upload(table.rows)
+            self._tables = [(columns, table), *self._tables[: _MAX_TABLES - 1]]
+        else:
+            self._tables.insert(0, self._tables.pop(found))
+            table = self._tables[0][1]
+        if self.device.type != "cpu" and not self._captured:
+            _slab.provide(_CAPTURED_CALLS * len(table.rows))
+        return table
+
+    def _upload(self, rows: array[int]) -> Tensor:
+        source = torch.frombuffer(rows, dtype=torch.int64)
+        if self.device.type == "cpu":
+            return source.clone()
+        pinned = _slab.take(len(rows)).copy_(source) if self._captured else source.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
+    def partials(self, chunks: int) -> Tensor:
+        """Return room for the partials of a norm, which the next norm on the stream overwrites."""
+        if self._partials.numel() < 2 * chunks:
+            self._partials = torch.empty(2 * chunks, dtype=torch.float64, device=self.device)
+        return self._partials
+
+
+# Shared by all instances of the backend.
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+_slab = _Slab()
+
+
+@contextlib.contextmanager
+def prepared(tensors: TensorList) -> Iterator[tuple[Workspace, Table]]:
+    """Lend the workspace of the current stream of the tensors' device, made current, and their table.
+
+    The two operations of one call share both: a captured call uploads its table once.
+    """
+    device = tensors.device
+    on_gpu = device.type != "cpu"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        if tensors.prepared is None:
+            workspace = _workspace(device, on_gpu)
+            with workspace.lock:
+                tensors.prepared = workspace, workspace.table(tensors)
+        with tensors.prepared[0].lock:
+            yield tensors.prepared
+
+
+def _workspace(device: torch.device, on_gpu: bool) -> Workspace:
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return Workspace(device, captured=True)
+    key = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    return _workspaces.get(key) or _workspaces.setdefault(key, Workspace(device, captured=False))
