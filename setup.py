@@ -1,31 +1,70 @@
-"""Chooses the extension to build: its sources, flags and CUDA toolkit. Metadata is in pyproject.toml.
+"""Builds the compiled modules; metadata is in pyproject.toml. Neither torch nor a GPU is needed.
 
-GRADCLIP_EXT_BUILD=auto|cuda|cpu|none (default auto): auto builds what torch, the compiler and
-the toolkit allow and says what it left out; a choice that cannot be built is an error.
-CUDA sources depend on a toolkit being installed, never on a GPU being visible.
-TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected; without the first, the visible GPUs decide, and
-without any, all architectures below that the toolkit knows, with PTX for what comes after them.
+Environment variables:
+    GRADCLIP_EXT_BUILD=auto|cuda|cpu|none: auto (the default) builds what the compiler and the CUDA toolkit
+        allow; what fails is left out, and `python -m gradclip_ext.info` says why. cuda and cpu insist: what
+        cannot be built is an error.
+    TORCH_CUDA_ARCH_LIST: as for torch's own extensions, "8.0;9.0+PTX". Without it the visible GPUs decide, and
+        without any, all architectures below that the toolkit knows.
+    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS: as usual.
+    GRADCLIP_EXT_TESTING=1: builds gradclip_ext._testing, too, which the project's tests call.
+    GRADCLIP_EXT_CUDART=shared: links the CUDA runtime dynamically, for the tests that replace it.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
-from unittest import mock
 
-from setuptools import setup
+import setuptools
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"gradclip_ext needs setuptools 77 or later to be built, this is {setuptools.__version__}: run "
+        "pip install 'setuptools>=77' pybind11, or leave out --no-build-isolation"
+    )
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "cuda", "cpu", "none")
-OLDEST_CAPABILITY = (7, 0)
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+OLDEST_CAPABILITY = (7, 0)
+# What a build leaves beside the Python files.
+BUILT = ("_C.*", "_testing.*", "_build_info.py")
+
+
+class BuildError(Exception):
+    """Something cannot be built. The message is one sentence."""
+
+
+# ---------------------------------------------------------------- compilers
+
+
+def asked_mode():
+    asked = os.environ.get("GRADCLIP_EXT_BUILD", "auto")
+    if asked not in MODES:
+        sys.exit(f"GRADCLIP_EXT_BUILD={asked!r} is not one of {', '.join(MODES)}")
+    return asked
+
+
+def find_compiler():
+    """Return the command of the C++ compiler."""
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"the compiled module is built on Linux only, this is {sys.platform}")
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in (asked,) if asked else (["c++"], ["g++"]):
+        if shutil.which(command[0]):
+            return command
+    raise BuildError("no C++ compiler was found (looked for $CXX, c++ and g++)")
 
 
 def find_toolkit():
-    """Return the CUDA toolkit's folder, or None. An nvcc on PATH may be a wrapper far away from it."""
+    """Return the CUDA toolkit's folder. An nvcc on PATH may be a wrapper far away from it."""
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
@@ -33,145 +72,193 @@ def find_toolkit():
     for folder in map(Path, filter(None, candidates)):
         if (folder / "include" / "cuda_runtime.h").is_file() and (folder / "bin" / "nvcc").is_file():
             return folder
-    return None
+    raise BuildError("no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME")
 
 
-def find_compiler():
-    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
-
-
-def obstacles():
-    """Return {mode: what is missing for it}, an empty string where nothing is."""
+def output_of(*command):
     try:
-        import torch
-    except ImportError:
-        missing = "torch is not installed in the build environment (pip install --no-build-isolation .)"
-        return {"cpu": missing, "cuda": missing}
-    cpu = ""
-    if not sys.platform.startswith("linux"):
-        cpu = f"the compiled core is built on Linux only, this is {sys.platform}"
-    elif find_compiler() is None:
-        cpu = "no C++ compiler was found (looked for $CXX, c++ and g++)"
-    cuda = cpu
-    if not cuda and torch.version.cuda is None:
-        cuda = f"torch {torch.__version__} is built without CUDA"
-    return {"cpu": cpu, "cuda": cuda or toolkit_obstacle(torch.version.cuda)}
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
 
 
-def toolkit_obstacle(wanted):
-    """Return why the CUDA toolkit cannot serve a torch built for this version of CUDA, or ""."""
-    toolkit = find_toolkit()
-    if toolkit is None:
-        return "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda): set CUDA_HOME"
-    release = nvcc_says("--version", r"release ([\d.]+)")
-    if release and release[0].split(".")[0] != wanted.split(".")[0]:
-        return (
-            f"torch is built for CUDA {wanted} and the toolkit in {toolkit} is CUDA {release[0]}: "
-            "set CUDA_HOME to one of the same major version"
-        )
-    return ""
-
-
-def nvcc_says(option, pattern):
-    """Return all that a pattern finds in what the toolkit's compiler prints."""
-    command = [find_toolkit() / "bin" / "nvcc", option]
-    return re.findall(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def cuda_architectures():
-    """Return what to compile for: TORCH_CUDA_ARCH_LIST, else the visible GPUs, else all in use today.
-
-    Both as far as the toolkit and torch know them, with PTX for a GPU that is later than that.
-    """
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if asked:
+def cuda_architectures(nvcc):
+    """Return what to compile for, such as ["8.0", "9.0+PTX"]: machine code, and PTX for later GPUs."""
+    asked = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if asked != [""]:
+        for entry in asked:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
+                raise BuildError(f"TORCH_CUDA_ARCH_LIST holds {entry!r}; entries look like 9.0 or 9.0+PTX")
         return asked
-    import torch
-    from torch.utils import cpp_extension
-
-    def is_known(architecture):
-        with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=architecture):
-            try:
-                return cpp_extension._get_cuda_arch_flags() != []
-            except ValueError:
-                return False
-
-    digits = nvcc_says("--list-gpu-arch", r"compute_(\d+)")
-    known = [a for a in ARCHITECTURES if a.replace(".", "") in digits and is_known(a)]
-    gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    # Older ones, beside a newer one or alone, are left to the other backends: they lack instructions.
-    visible = [f"{major}.{minor}" for major, minor in sorted(gpus) if (major, minor) >= OLDEST_CAPABILITY]
-    if visible and all(v.replace(".", "") in digits and is_known(v) for v in visible):
-        return ";".join(visible)
-    return ";".join(known) + "+PTX"
+    known = re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))
+    chosen = visible = visible_architectures()
+    if not visible or not all(v.replace(".", "") in known for v in visible):
+        chosen = [a for a in ARCHITECTURES if a.replace(".", "") in known]
+    # PTX of 9.0 serves what has no code of its own between 9.0 and the newest (Thor is 11.0).
+    return [a + "+PTX" if a in ("9.0", chosen[-1]) else a for a in chosen]
 
 
-def choose_mode():
-    """Return "cuda", "cpu" or "none", or exit with what the asked-for mode lacks."""
-    asked = os.environ.get("GRADCLIP_EXT_BUILD", "auto")
-    if asked not in MODES:
-        sys.exit(f"GRADCLIP_EXT_BUILD={asked!r} is not one of {', '.join(MODES)}")
-    if asked == "none":
-        return "none"
-    missing = obstacles()
-    if asked != "auto":
-        if missing[asked]:
-            sys.exit(f"GRADCLIP_EXT_BUILD={asked} cannot be built: {missing[asked]}")
-        return asked
-    for mode in ("cuda", "cpu"):
-        if not missing[mode]:
-            return mode
-        print(f"gradclip_ext: building without {mode}: {missing[mode]}", file=sys.stderr)
-    return "none"
+def visible_architectures():
+    """Return the compute capabilities of the GPUs here that the kernels support, in rising order."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        listed = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except BuildError:
+        return []
+    found = {tuple(map(int, line.split("."))) for line in re.findall(r"^\d+\.\d$", listed, re.M)}
+    return [f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= OLDEST_CAPABILITY]
+
+
+# ---------------------------------------------------------------- commands
+
+
+class Build:
+    """The commands of one build: objects from sources, modules from objects."""
+
+    def __init__(self, folder, with_cuda):
+        import pybind11  # noqa: PLC0415 (its absence is a BuildError, not the end)
+
+        self.folder = folder
+        self.objects = {}  # object: its command
+        self.modules = {}  # module: (its command, its objects)
+        self.facts = {"CUDA": None, "ARCHITECTURES": None}
+        self.cxx = find_compiler()
+        flags = shlex.split(os.environ.get("CXXFLAGS", "") + " " + os.environ.get("CFLAGS", ""))
+        includes = [ROOT / "csrc", sysconfig.get_path("include"), pybind11.get_include()]
+        self.flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", *flags]
+        self.flags += [f"-I{path}" for path in includes]
+        self.link_flags = ["-shared", "-pthread", "-ldl", *([] if "-g" in flags else ["-Wl,-s"])]
+        self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
+        if with_cuda:
+            self._add_cuda()
+
+    def _add_cuda(self):
+        toolkit = find_toolkit()
+        self.nvcc = str(toolkit / "bin" / "nvcc")
+        version = re.findall(r"release ([\d.]+)", output_of(self.nvcc, "--version"))
+        architectures = cuda_architectures(self.nvcc)
+        self.facts = {"CUDA": version[0] if version else "?", "ARCHITECTURES": ";".join(architectures)}
+        self.nvcc_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+        for entry in architectures:
+            number, _, ptx = entry.replace(".", "").partition("+")
+            codes = f"sm_{number},compute_{number}" if ptx else f"sm_{number}"
+            self.nvcc_flags.append(f"-gencode=arch=compute_{number},code=[{codes}]")
+        if "--compress-mode" in output_of(self.nvcc, "--help"):
+            self.nvcc_flags.append("--compress-mode=size")
+        self.flags += ["-DGRADCLIP_EXT_WITH_CUDA", f"-I{toolkit / 'include'}"]
+        folders = [f"-L{toolkit / name}" for name in ("lib64", "lib") if (toolkit / name).is_dir()]
+        # The static runtime makes one binary fit every torch, whatever runtime that brings.
+        is_shared = os.environ.get("GRADCLIP_EXT_CUDART") == "shared"
+        self.link_flags += [*folders, *(["-lcudart"] if is_shared else ["-lcudart_static", "-lrt"])]
+
+    def add_module(self, path, patterns):
+        """Add a module that is made of the sources that the patterns find."""
+        objects = []
+        for source in sorted(s for pattern in patterns for s in (ROOT / "csrc").glob(pattern)):
+            is_cuda = source.suffix == ".cu"
+            target = self.folder / f"{source.relative_to(ROOT / 'csrc').as_posix().replace('/', '_')}.o"
+            command = [self.nvcc, *self.nvcc_flags, "-MD"] if is_cuda else [*self.cxx, *self.flags, "-MMD"]
+            self.objects[target] = [*command, "-MF", f"{target}.d", "-c", source, "-o", target]
+            objects.append(target)
+        self.modules[path] = ([*self.cxx, *objects, *self.link_flags, "-o", path], objects)
+
+    def run(self):
+        """Run all commands: by ninja, in parallel and only what has changed, or one after the other."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.modules:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        ninja = shutil.which("ninja")
+        if ninja:
+            (self.folder / "build.ninja").write_text(self._ninja_file())
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            return self._call([ninja, "-C", self.folder, *jobs])
+        for command in [*self.objects.values(), *(command for command, _ in self.modules.values())]:
+            self._call(command)
+
+    def _ninja_file(self):
+        def line(command):
+            return shlex.join(map(str, command)).replace("$", "$$")
+
+        def path(p):
+            return re.sub(r"([$ :])", r"$\1", str(p))
+
+        lines = ["rule compile", "  command = $line", "  depfile = $out.d", "  deps = gcc"]
+        lines += ["rule link", "  command = $line"]
+        for target, command in self.objects.items():
+            source = command[command.index("-c") + 1]
+            lines += [f"build {path(target)}: compile {path(source)}", f"  line = {line(command)}"]
+        for target, (command, objects) in self.modules.items():
+            lines += [f"build {path(target)}: link {' '.join(map(path, objects))}", f"  line = {line(command)}"]
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def _call(command):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            print(done.stdout)
+            errors = re.findall(r"^.*(?:error|fatal|ERROR).*$", done.stdout, re.M) or ["see its output above"]
+            raise BuildError(f"compiling failed: {errors[0].strip()}")
+
+
+# ---------------------------------------------------------------- setuptools
 
 
 class BuildPy(build_py):
-    """Leaves out the _build_info.py of an editable install: a wheel gets its own, or has no core."""
+    """Removes what an earlier build has left, so that nothing stale gets into a wheel."""
+
+    def run(self):
+        stale = [Path(self.build_lib) / "gradclip_ext"]
+        stale += [ROOT / "gradclip_ext"] if self.editable_mode else []
+        for path in (path for folder in stale for name in BUILT for path in folder.glob(name)):
+            path.unlink()
+        super().run()
 
     def find_package_modules(self, package, package_dir):
         modules = super().find_package_modules(package, package_dir)
         return [module for module in modules if module[1] != "_build_info"]
 
 
-def extension(mode):
-    """Return setup()'s arguments for the extension module of this mode."""
-    if mode == "none":
-        return {"cmdclass": {"build_py": BuildPy}}
-    sources = {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")}
-    architectures = None
-    if mode == "cuda":
-        sources |= {*ROOT.glob("csrc/cuda/*.cu")}
-        os.environ["CUDA_HOME"] = str(find_toolkit())  # cpp_extension reads both when it is imported
-        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = cuda_architectures()
-    else:
-        sources -= {*ROOT.glob("csrc/*_cuda.cpp")}
-    import torch
-    from torch.utils import cpp_extension
+class BuildExt(build_ext):
+    """Builds the modules, and records beside them what was built and what was not, and why."""
 
-    class BuildExtension(cpp_extension.BuildExtension):
-        def run(self):
-            """Build, then record beside the binary what it fits: checked before it is imported."""
-            super().run()
-            folder = Path(self.get_ext_fullpath("gradclip_ext._C")).parent
-            cuda = torch.version.cuda if mode == "cuda" else None
-            facts = {"TORCH": torch.__version__, "CUDA": cuda, "ARCHITECTURES": architectures}
-            lines = (f"{name} = {value!r}\n" for name, value in facts.items())
-            (folder / "_build_info.py").write_text("".join(lines))
+    def run(self):
+        asked = asked_mode()
+        reasons = {"cuda": None, "cpu": None}
+        facts = {"CUDA": None, "ARCHITECTURES": None}
+        for mode in ("cuda", "cpu") if asked == "auto" else (asked,):
+            try:
+                facts = self._build(with_cuda=mode == "cuda")
+                break
+            except (BuildError, ImportError) as error:
+                reasons[mode] = str(error)
+                if asked != "auto":
+                    sys.exit(f"GRADCLIP_EXT_BUILD={asked} cannot be built: {error}")
+                print(f"gradclip_ext: building without {mode}: {error}", file=sys.stderr)
+        if asked == "cpu":
+            reasons["cuda"] = "GRADCLIP_EXT_BUILD=cpu was asked for"
+        facts |= {"CPU_REASON": reasons["cpu"], "CUDA_REASON": reasons["cuda"]}
+        target = Path(self.get_ext_fullpath("gradclip_ext._C")).parent / "_build_info.py"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(f"{name} = {value!r}\n" for name, value in facts.items()))
 
-    make = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
-    flags = {
-        "cxx": ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden"],
-        "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"],
-    }
-    module = make(
-        name="gradclip_ext._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in sources),
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("GRADCLIP_EXT_WITH_CUDA", None)] if mode == "cuda" else [],
-        extra_compile_args=flags if mode == "cuda" else flags["cxx"],
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
+    def _build(self, with_cuda):
+        build = Build(Path(self.build_temp).resolve(), with_cuda)
+        patterns = ["cpu/*.cpp", "python/*.cpp", *(["python/cuda/*.cpp", "cuda/*.cu"] if with_cuda else [])]
+        for extension in self.extensions:
+            path = Path(self.get_ext_fullpath(extension.name)).resolve()
+            is_testing = extension.name.endswith("._testing")
+            build.add_module(path, ["cpu/*.cpp", "testing.cpp"] if is_testing else patterns)
+        build.run()
+        return build.facts
 
 
-setup(**extension(choose_mode()))
+def extensions():
+    if asked_mode() == "none":
+        return []
+    names = ["_C", "_testing"] if os.environ.get("GRADCLIP_EXT_TESTING") else ["_C"]
+    return [setuptools.Extension(f"gradclip_ext.{name}", sources=[]) for name in names]
+
+
+if __name__ == "__main__":
+    setuptools.setup(ext_modules=extensions(), cmdclass={"build_py": BuildPy, "build_ext": BuildExt})

@@ -12,7 +12,7 @@
 
 #include "core/rule.h"
 #include "cpu/operations.h"
-#include "python/module_cuda.h"
+#include "python/cuda/module.h"
 #include "python/reader.h"
 #include "python/threads.h"
 

@@ -1,7 +1,7 @@
 // The CUDA operations as Python calls them: addresses of memory that torch allocated, the handle of
 // torch's current stream, and no waiting for the device.
 
-#include "python/module_cuda.h"
+#include "python/cuda/module.h"
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
