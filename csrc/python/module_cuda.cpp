@@ -23,10 +23,17 @@ namespace {
 
 static_assert(cuda::kChunkBytes == cpu::kChunkBytes, "reader.cpp cuts lists for every device alike");
 
+struct CudaError : std::runtime_error {
+  explicit CudaError(cudaError_t error)
+      : std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error)), code(error) {}
+
+  cudaError_t code;
+};
+
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the next call must not find it
-  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+  throw CudaError(error);
 }
 
 /// The driver's two functions that a DeviceGuard needs; null without a driver.
@@ -122,8 +129,8 @@ std::optional<Reason> why_unavailable(int device) {
     const DeviceGuard guard(device);
     const RelaxedCapture relaxed;
     error = cuda::probe();
-  } catch (const std::runtime_error& failure) {
-    return Reason(failure.what(), false);
+  } catch (const CudaError& failure) {
+    error = failure.code;
   }
   std::optional<Reason> reason;
   if (error != cudaSuccess) reason.emplace(cudaGetErrorString(error), is_permanent(error));
