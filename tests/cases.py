@@ -133,6 +133,11 @@ class Target:
         return self.device == "cpu" and self.way != "blind"
 
     @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        needs = {"gpu": self.device == "cuda", "triton": self.name == "triton"}
+        return [getattr(pytest.mark, mark) for mark, needed in needs.items() if needed]
+
+    @property
     def options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"backend": self.name}
         return {**options, "foreach": False} if self.way == "loop" else options
@@ -194,7 +199,7 @@ def targets() -> list[Any]:
     params: list[Any] = []
     for name, backend in backends.ALL.items():
         found = served(name)
-        params += [pytest.param(target, id=str(target)) for target in found]
+        params += [pytest.param(target, id=str(target), marks=target.marks) for target in found]
         if not found:
             why = "; ".join(f"{d}: {backend.why_unavailable(torch.device(d))}" for d in devices())
             params.append(

@@ -152,6 +152,7 @@ def test_mixed_layouts_in_one_list(backend: Target) -> None:
     check(backend, params, params, 1.0, 2.0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device: no CUDA here")
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_mixed_devices_in_one_list(devices: tuple[str, str]) -> None:

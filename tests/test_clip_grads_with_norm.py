@@ -86,6 +86,7 @@ def test_norm_that_is_one_of_the_gradients(backend: Target) -> None:
     oracle.assert_scaled([norm, other], before, before[0], 0.5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device: no CUDA here")
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_norm_on_another_device(devices: tuple[str, str]) -> None:

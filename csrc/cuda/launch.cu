@@ -72,23 +72,22 @@ cudaError_t describe(int index, Device& device) {
   return error;
 }
 
-/// The current device, which is asked once.
+/// The current device, which is asked about once: by probe(), before anything is launched.
 cudaError_t current_device(Device& device) {
-  constexpr int kMostDevices = 64;
   static std::mutex mutex;
-  static Device known[kMostDevices];
+  static std::map<int, Device> known;
   int index = 0;
   const cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
-  if (index >= kMostDevices) return describe(index, device);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known[index].multiprocessors == 0) {
-    const cudaError_t failed = describe(index, device);
-    if (failed != cudaSuccess) return failed;
-    known[index] = device;
+  const auto found = known.find(index);
+  if (found != known.end()) {
+    device = found->second;
+    return cudaSuccess;
   }
-  device = known[index];
-  return cudaSuccess;
+  const cudaError_t failed = describe(index, device);
+  if (failed == cudaSuccess) known[index] = device;
+  return failed;
 }
 
 /// As many blocks as are resident at once, but no more than there is work for: a block wants a
@@ -154,13 +153,17 @@ cudaError_t for_each_launch(const TensorList& list, Order order, Launch&& launch
 }
 
 /// The counter of a stream, which it keeps as long as the process lives: clearing one would be
-/// another kernel a step. Null for streams beyond the last counter.
+/// another kernel a step. Null for the streams that come when every counter has one.
 unsigned* kept_counter(const Device& device, cudaStream_t stream) {
   static std::mutex mutex;
   static std::map<std::pair<int, cudaStream_t>, int> slots;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto slot = slots.try_emplace({device.index, stream}, static_cast<int>(slots.size())).first;
-  return slot->second < kArrivalCounters ? device.arrival_counters + slot->second : nullptr;
+  const auto found = slots.find({device.index, stream});
+  if (found != slots.end()) return device.arrival_counters + found->second;
+  if (slots.size() == kArrivalCounters) return nullptr;
+  const int slot = static_cast<int>(slots.size());
+  slots[{device.index, stream}] = slot;
+  return device.arrival_counters + slot;
 }
 
 /// Finds a counter that is zero when the norm begins. One in scratch memory, which is cleared first,

@@ -132,4 +132,6 @@ def _why_unfit(index: int, reason: str) -> str:
     remedy = f'reinstall with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
     if (major, minor) < _OLDEST_CAPABILITY:
         remedy = "the kernels need 7.0"
+    elif "driver version" in reason:
+        remedy = "update the NVIDIA driver, or build with an older CUDA toolkit"
     return f"this GPU has compute capability {major}.{minor} ({reason}): {remedy}"

@@ -70,8 +70,12 @@ struct Event {
 };
 
 inline auto& streams = *new std::vector<Stream*>;
-inline thread_local int current_device = 0;
+/// The driver's current context, by its device, -1 for none; and the device that torch's runtime has
+/// chosen, which counts where there is none.
+inline thread_local int context = -1, chosen_device = 0;
 inline thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGlobal;
+
+inline int current_device() { return context >= 0 ? context : chosen_device; }
 
 inline Stream* new_stream(int device) {
   streams.push_back(new Stream{device});
@@ -81,7 +85,7 @@ inline Stream* new_stream(int device) {
 inline Stream* stream_of(cudaStream_t handle) {
   static Stream* const defaults[kDevices] = {new_stream(0), new_stream(1)};
   const bool is_default = reinterpret_cast<uintptr_t>(handle) <= 2;  // null, legacy, per thread
-  return is_default ? defaults[current_device] : reinterpret_cast<Stream*>(handle);
+  return is_default ? defaults[current_device()] : reinterpret_cast<Stream*>(handle);
 }
 
 inline void run_until(Stream* stream, uint64_t after) {

@@ -107,7 +107,7 @@ inline cudaError_t launch(const void* function, dim3 grid, dim3 threads, void** 
   if (name.find("spin_kernel") != std::string::npos) return cudaSuccess;  // torch.cuda._sleep
   if (launch == nullptr) stop("no emulation of " + name);
   Stream* stream = stream_of(handle);
-  if (stream->device != current_device) return fail(cudaErrorInvalidResourceHandle);
+  if (stream->device != current_device()) return fail(cudaErrorInvalidResourceHandle);
   if (threads.x != kBlock || grid.x == 0) return fail(cudaErrorInvalidConfiguration);
   return enqueue(stream, launch(arguments, grid.x, stream->device));
 }

@@ -19,13 +19,31 @@ struct Variable {
 
 auto& variables = *new std::map<const void*, Variable>;
 
+std::map<std::string, std::pair<int, cudaError_t>> failures;  // how often functions are to fail yet
+
+/// The error that a test wants of this call; see cudaEmulatorFail().
+cudaError_t wanted_failure(const char* function) {
+  const auto found = failures.find(function);
+  if (found == failures.end() || found->second.first == 0) return cudaSuccess;
+  --found->second.first;
+  return fail(found->second.second);
+}
+
 int not_supported() { return 801; }  // CUDA_ERROR_NOT_SUPPORTED
+
+char contexts[kDevices];
 
 thread_local std::vector<std::tuple<dim3, dim3, size_t, cudaStream_t>> configurations;
 
 }  // namespace
 
 extern "C" {
+
+/// For tests: the next `times` calls of a function fail with this error.
+void cudaEmulatorFail(const char* function, int times, int error) {
+  LOCKED;
+  failures[function] = {times, static_cast<cudaError_t>(error)};
+}
 
 // ---------------------------------------------------------------- code
 
@@ -62,10 +80,12 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 threads, voi
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
   LOCKED;
+  if (const auto error = wanted_failure(__func__)) return error;
   return launch(function, config->gridDim, config->blockDim, arguments, config->stream);
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   LOCKED;
+  if (const auto error = wanted_failure(__func__)) return error;
   if (const auto error = unsafe_in_capture()) return error;  // code may have to be loaded
   if (kernels.count(function) == 0) return fail(cudaErrorInvalidDeviceFunction);
   *attributes = {};
@@ -75,8 +95,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
 }
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   LOCKED;
+  if (const auto error = wanted_failure(__func__)) return error;
   if (const auto error = unsafe_in_capture()) return error;  // likewise
-  *address = variables.at(symbol).address[current_device];
+  *address = variables.at(symbol).address[current_device()];
   return cudaSuccess;
 }
 
@@ -103,12 +124,15 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
   return cudaSuccess;
 }
 
-// What torch asks the driver itself.
-int cuCtxGetCurrent(void** context) {
-  *context = &everything;
+// What is asked of the driver itself. A context is the address of its device's entry here.
+int cuCtxGetCurrent(void** current) {
+  *current = context < 0 ? nullptr : &contexts[context];
   return 0;
 }
-int cuCtxSetCurrent(void*) { return 0; }
+int cuCtxSetCurrent(void* wanted) {
+  context = wanted == nullptr ? -1 : static_cast<int>(static_cast<char*>(wanted) - contexts);
+  return 0;
+}
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   *flags = 0;
   *active = 1;
@@ -122,18 +146,24 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
+  *device = current_device();
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
+  LOCKED;
+  if (const auto error = wanted_failure(__func__)) return error;
   if (device < 0 || device >= kDevices) return fail(cudaErrorInvalidDevice);
-  current_device = device;
+  context = device;
+  // The package has a runtime of its own, whose choice is nothing to torch's.
+  Dl_info caller;
+  const bool found = dladdr(__builtin_return_address(0), &caller) != 0;
+  if (!found || std::strstr(caller.dli_fname, "gradclip_ext/_C") == nullptr) chosen_device = device;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
   LOCKED;
   if (const auto error = unsafe_in_capture()) return error;
-  run_device(current_device);
+  run_device(current_device());
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
@@ -167,10 +197,10 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 cudaError_t cudaMalloc(void** address, size_t bytes) {
   LOCKED;
   if (const auto error = unsafe_in_capture()) return error;
-  size_t& own = allocated[current_device];
+  size_t& own = allocated[current_device()];
   if (own + bytes > kDeviceBytes) return fail(cudaErrorMemoryAllocation);
   own += bytes;
-  return allocate(address, bytes, current_device);
+  return allocate(address, bytes, current_device());
 }
 cudaError_t cudaFree(void* address) {
   LOCKED;
@@ -187,7 +217,7 @@ cudaError_t cudaFreeHost(void* address) {
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *total = kDeviceBytes;
-  *free = kDeviceBytes - allocated[current_device];
+  *free = kDeviceBytes - allocated[current_device()];
   return cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
@@ -208,6 +238,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
   LOCKED;
+  if (const auto error = wanted_failure(__func__)) return error;
   return enqueue(stream_of(stream), [=] { std::memset(address, value, bytes); });
 }
 
@@ -215,7 +246,7 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
   LOCKED;
-  *stream = reinterpret_cast<cudaStream_t>(new_stream(current_device));
+  *stream = reinterpret_cast<cudaStream_t>(new_stream(current_device()));
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
@@ -319,6 +350,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   LOCKED;
+  if (const auto error = wanted_failure(__func__)) return error;
   const Stream* stream = stream_of(handle);
   *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
             : stream->invalidated      ? cudaStreamCaptureStatusInvalidated

@@ -1,7 +1,6 @@
 """A pytest plugin: the triton backend on the emulated GPU, its kernels interpreted in stream order.
 
-    export TRITON_INTERPRET=1 PYTHONPATH=tests
-    python tests/cuda_emulator/run.py -p triton_interpreted -p triton_emulated
+    TRITON_INTERPRET=1 python tests/cuda_emulator/run.py -p triton_interpreted -p triton_emulated -m "gpu and triton"
 
 What Triton compiles, and how that is launched, is not tested here but in test_triton_compiled.py.
 """
@@ -16,27 +15,27 @@ import sitecustomize as emulated
 import torch
 from torch import Tensor
 
-from gradclip_ext.backends.triton import TritonBackend, _Launch
+from gradclip_ext.backends.triton import TritonBackend
+from gradclip_ext.backends.triton.launch import Launch, Launcher
 
 NOT_HERE = {
     "threads": "a thread that interprets waits for Python's lock, and holds the emulator's",
     "test_same_bits_as_torch[triton-cuda-bfloat16]": "the interpreter truncates float32 to bfloat16",
+    "agrees_with_the_other": "the interpreter truncates float32 to bfloat16",
     "holds[triton-1630]": "minutes",
     "holds[triton-1631]": "minutes",
     "holds[triton-10000]": "an hour",
 }
 
-_load, _start_of = TritonBackend._load, TritonBackend._start_of
+_why_unfit, _start_of = TritonBackend._why_unfit, Launcher._start_of
 
 
-def _load_for_the_emulator(self: TritonBackend, device: torch.device) -> str | None:
-    reason = _load(self, device)
+def _why_unfit_for_the_emulator(self: TritonBackend, device: torch.device) -> str | None:
+    reason = _why_unfit(self, device)
     return None if reason is not None and "cannot read GPU memory" in reason else reason
 
 
-def _enqueue_interpretation(
-    self: TritonBackend, launch: _Launch, given: tuple[Any, ...]
-) -> Callable[..., None]:
+def _enqueue_interpretation(self: Launcher, launch: Launch, given: tuple[Any, ...]) -> Callable[..., None]:
     if not any(isinstance(a, Tensor) and a.is_cuda for a in launch.arguments):
         return _start_of(self, launch, given)
 
@@ -48,8 +47,8 @@ def _enqueue_interpretation(
     return start
 
 
-TritonBackend._load = _load_for_the_emulator  # type: ignore[method-assign]
-TritonBackend._start_of = _enqueue_interpretation  # type: ignore[method-assign]
+TritonBackend._why_unfit = _why_unfit_for_the_emulator  # type: ignore[method-assign]
+Launcher._start_of = _enqueue_interpretation  # type: ignore[method-assign]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,46 +23,76 @@ namespace {
 
 static_assert(cuda::kChunkBytes == cpu::kChunkBytes, "reader.cpp cuts lists for every device alike");
 
+struct CudaError : std::runtime_error {
+  explicit CudaError(cudaError_t error)
+      : std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error)), code(error) {}
+
+  cudaError_t code;
+};
+
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the next call must not find it
-  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+  throw CudaError(error);
 }
 
+/// The driver's two functions that a DeviceGuard needs; null without a driver.
+struct Driver {
+  int (*get_context)(void** context) = nullptr;
+  int (*set_context)(void* context) = nullptr;
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY);  // the name that the CUDA runtime asks for
+    if (library == nullptr) return;
+    get_context = reinterpret_cast<decltype(get_context)>(dlsym(library, "cuCtxGetCurrent"));
+    set_context = reinterpret_cast<decltype(set_context)>(dlsym(library, "cuCtxSetCurrent"));
+  }
+
+  static const Driver& instance() {
+    static const Driver found;
+    return found;
+  }
+};
+
 /// Makes a device current for one scope. This library has a CUDA runtime of its own, linked
-/// statically, beside torch's, and each remembers a current device: what both see, and what has to
-/// be restored, is the driver's current context.
+/// statically, beside torch's, and each remembers a current device. What both obey, and what has to
+/// be restored, is the driver's current context, even if there was none: torch's runtime would take
+/// the one that it finds for its own choice.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    if (driver().get != nullptr) driver().get(&before_);
-    check(cudaSetDevice(device));
+    const Driver& driver = Driver::instance();
+    knows_before_ = driver.get_context != nullptr && driver.set_context != nullptr &&
+                    driver.get_context(&before_) == 0;
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) {
+      restore();  // a constructor that throws has no destructor
+      check(error);
+    }
   }
-  ~DeviceGuard() {
-    if (before_ != nullptr) driver().set(before_);
-  }
+  ~DeviceGuard() { restore(); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  struct Driver {
-    int (*get)(void** context) = nullptr;
-    int (*set)(void* context) = nullptr;
-
-    Driver() {
-      void* library = dlopen("libcuda.so.1", RTLD_NOLOAD | RTLD_LAZY);
-      if (library == nullptr) return;
-      get = reinterpret_cast<decltype(get)>(dlsym(library, "cuCtxGetCurrent"));
-      set = reinterpret_cast<decltype(set)>(dlsym(library, "cuCtxSetCurrent"));
-      if (set == nullptr) get = nullptr;
-    }
-  };
-  static const Driver& driver() {
-    static const Driver found;
-    return found;
+  void restore() const {
+    if (knows_before_) Driver::instance().set_context(before_);
   }
 
   void* before_ = nullptr;
+  bool knows_before_ = false;
+};
+
+/// Lets this thread make calls that would break another thread's stream capture.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the one to go back to
 };
 
 /// Errors that stay as long as the process lives, unlike too little memory to load the kernels.
@@ -85,8 +115,10 @@ bool is_permanent(cudaError_t error) {
 using Reason = std::pair<std::string, bool>;
 
 /// Returns why the kernels cannot run on a device and whether that is permanent, or nothing. Asks
-/// again until the answer is permanent.
+/// again until the answer is permanent. The first call on a device loads the kernels, which has
+/// nothing to do with a stream that another thread may be capturing.
 std::optional<Reason> why_unavailable(int device) {
+  const py::gil_scoped_release release;
   static std::mutex mutex;
   static std::map<int, std::optional<Reason>> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -95,18 +127,15 @@ std::optional<Reason> why_unavailable(int device) {
   cudaError_t error = cudaSuccess;
   try {
     const DeviceGuard guard(device);
-    // Loading kernels has nothing to do with a stream that another thread is capturing, and need
-    // not break its capture.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    const RelaxedCapture relaxed;
     error = cuda::probe();
-    check(cudaThreadExchangeStreamCaptureMode(&mode));
-  } catch (const std::runtime_error& failure) {
-    return Reason(failure.what(), false);
+  } catch (const CudaError& failure) {
+    error = failure.code;
   }
-  if (error == cudaSuccess) return known[device] = std::nullopt;
-  const Reason reason(cudaGetErrorString(error), is_permanent(error));
-  return reason.second ? known[device] = reason : reason;
+  std::optional<Reason> reason;
+  if (error != cudaSuccess) reason.emplace(cudaGetErrorString(error), is_permanent(error));
+  if (!reason || reason->second) known[device] = reason;
+  return reason;
 }
 
 template <typename Pointer>

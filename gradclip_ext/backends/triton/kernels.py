@@ -229,17 +229,15 @@ def norm_kernel(
 
 @triton.jit
 def _coefficient(norm, max_norm):
-    """Return max_norm / (norm + 1e-6) in torch's order, reciprocal first, and rounded as there.
-
-    No minimum with 1: scale_kernel leaves alone what is not below.
-    """
+    """Return min(1, max_norm / (norm + 1e-6)) in torch's order, reciprocal first, and rounded as there."""
     FLOAT: tl.constexpr = norm.dtype
     shifted = norm + tl.full((), 1e-6, FLOAT)
     if FLOAT == tl.float32:
         reciprocal = tl.div_rn(tl.full((), 1.0, FLOAT), shifted)  # "/" is approximate
     else:
         reciprocal = 1.0 / shifted
-    return reciprocal * max_norm.to(FLOAT)
+    clip_coef = reciprocal * max_norm.to(FLOAT)
+    return tl.where(clip_coef > 1.0, tl.full((), 1.0, FLOAT), clip_coef)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=["norm_ptr", "clip_coef_ptr", "max_norm_bits", "p_bits", "chunks"])

@@ -37,10 +37,16 @@ class FakeBinary:
         return self._kernel.launch
 
 
-def with_fake_kernels(log: list, fallback: Any = None, fails: Any = lambda constants: False) -> TritonBackend:
+KERNELS = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+
+
+def with_fake_kernels(
+    log: list, fallback: Any = None, fails: Any = lambda constants: False, kind: type[FakeKernel] = FakeKernel
+) -> TritonBackend:
+    """Return a triton backend that notes in ``log`` what it has compiled and launched."""
     backend = TritonBackend(fallback)
-    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
-    backend._kernels = SimpleNamespace(tl=torch, **{name: FakeKernel(name, log, fails) for name in names})
+    kernels = {name: kind(name, log, fails) for name in KERNELS}
+    backend._launcher.kernels = SimpleNamespace(tl=torch, **kernels)
     return backend
 
 

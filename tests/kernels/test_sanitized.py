@@ -13,8 +13,11 @@ from oracle import parameter
 import gradclip_ext
 from gradclip_ext import backends
 
-UNUSABLE = backends.ALL["cuda"].why_unavailable(torch.device("cuda"))
-pytestmark = pytest.mark.skipif(UNUSABLE is not None, reason=f"cuda cannot serve a GPU here: {UNUSABLE}")
+WHY_NOT = backends.ALL["cuda"].why_unavailable(torch.device("cuda"))
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"cuda cannot handle a GPU here: {WHY_NOT}"),
+]
 SHAPES = ((70_001,), (0,), (33,), (129, 65), ())
 
 

@@ -17,6 +17,7 @@ TABLES = 2
 MAX_REGISTERS = 64  # so that 4 blocks fit on a multiprocessor, as launch.cu counts on
 TOOLKIT = find_toolkit()
 
+pytestmark = pytest.mark.toolkit
 if TOOLKIT is None:
     missing("no CUDA toolkit on this machine")
 
@@ -56,7 +57,7 @@ def compiled(tmp_path_factory):
 def resources(report):
     """Yield (kernel, registers, bytes spilled) for every kernel that ptxas reports."""
     pattern = (
-        r"Compiling entry function '\w*?\d+([a-z_]+_kernel)\w+' for.*?"
+        r"Compiling entry function '\w*?4cuda\d+([a-z]\w*?_kernel)I\w+' for.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
     for match in re.finditer(pattern, report, re.DOTALL):

@@ -30,8 +30,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradclip_ext.backends import triton_kernels, memory
-from gradclip_ext.backends.triton import TritonBackend, _Launch
+from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.triton import TritonBackend, memory
+from gradclip_ext.backends.triton.launch import Launch, Launcher
+from gradclip_ext.norms import REPORT, Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}[sys.argv[2]]
@@ -44,32 +46,36 @@ driver.set_active(
 )
 
 
-class Recorder(TritonBackend):
-    """Compiles what would be launched, as the backend does, and keeps it."""
+class Recorder(Launcher):
+    """Compiles what would be launched, as the launcher does, and keeps it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._kernels = triton_kernels
         self.compiled: dict[str, Any] = {}
+        assert self.load() is None and not self.is_interpreted
 
-    def _start_of(self, launch: _Launch, given: tuple[Any, ...]) -> Callable[..., None]:
+    def _start_of(self, launch: Launch, given: tuple[Any, ...]) -> Callable[..., None]:
         named = {**launch.constants, **launch.options, "grid": (1,)}
         binary = launch.kernel.warmup(*given, *launch.arguments, **named)
         self.compiled[launch.kernel.__name__] = binary
         return lambda *given: None
 
 
-def verbs(grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: float = 0.5) -> dict[str, Any]:
-    """Return the binaries that all verbs together use for a list."""
-    backend = Recorder()
+def operations(
+    grads: list[torch.Tensor], p: float = 2.0, bound: float = 1.0, coef: float = 0.5
+) -> dict[str, Any]:
+    """Return the binaries that all operations together use for a list."""
+    backend = TritonBackend()
+    backend._launcher = recorder = Recorder()
     memory._workspaces.clear()
-    with memory.workspace_of(grads[0].device) as workspace:
+    with memory.prepared(TensorList(grads)) as (workspace, _):
         workspace.warp_size = TARGET.warp_size
-    backend.norm(grads, p)
-    backend.clip_norm_(grads, 1.0, p)
-    backend.scale_(grads, torch.tensor(coef))
-    backend.clamp_(grads, -bound, bound)
-    return backend.compiled
+    dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    backend.norm(TensorList(grads), p, REPORT, torch.float64)
+    backend.norm(TensorList(grads), p, Rule(1.0), dtype)
+    backend.scale_(TensorList(grads), torch.tensor(coef))
+    backend.clamp_(TensorList(grads), -bound, bound)
+    return recorder.compiled
 
 
 def counted(pattern: str, text: str) -> dict[str, int]:
@@ -110,16 +116,16 @@ def loads_in_flight(cubin: bytes) -> int | None:
 def main() -> None:
     report: dict[str, Any] = {"kernels": {}}
     for dtype, p in itertools.product(DTYPES, (2.0, 3.0)):
-        for name, binary in verbs([torch.ones(5, dtype=dtype)], p).items():
+        for name, binary in operations([torch.ones(5, dtype=dtype)], p).items():
             if p == 2.0 or name == "norm_kernel":
                 report["kernels"][f"{name} {dtype} p={p}"] = looked_at(binary)
     lists = [[torch.ones(3) for _ in range(n)] for n in (1, 2, 16, 17, 300)] + [[torch.ones(2**21 + 1)]]
     report["binaries"] = {
-        name: len({id(binaries[name]) for binaries in [verbs(grads) for grads in lists]})
+        name: len({id(binaries[name]) for binaries in [operations(grads) for grads in lists]})
         for name in ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
     }
-    report["orders"] = len({id(verbs(lists[0], p)["norm_kernel"]) for p in (0.5, 3.0, 0.1, 7.0, 4.0)})
-    report["bounds"] = len({id(verbs(lists[0], bound=b)["clamp_kernel"]) for b in (0.0, 1.0, 0.3, 1e30)})
+    report["orders"] = len({id(operations(lists[0], p)["norm_kernel"]) for p in (0.5, 3.0, 0.1, 7.0, 4.0)})
+    report["bounds"] = len({id(operations(lists[0], bound=b)["clamp_kernel"]) for b in (0.0, 1.0, 0.3, 1e30)})
     print(json.dumps(report))
 
 

@@ -10,19 +10,25 @@ import math
 import mmap
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import gradclip_ext
 from gradclip_ext import backends, reference
-from gradclip_ext.backends import triton_table, memory
+from gradclip_ext.backends import foreach
+from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.triton import memory
+from gradclip_ext.norms import REPORT, Rule
 
 backend = backends.ALL["triton"]
-UNUSABLE = backend.why_unavailable(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(
-    UNUSABLE is not None, reason=f"triton does not serve the CPU here: {UNUSABLE}"
-)
+WHY_NOT = backend.why_unavailable(torch.device("cpu"))
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"triton cannot handle the CPU here: {WHY_NOT}"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)
@@ -31,7 +37,7 @@ over_orders = pytest.mark.parametrize("p", ORDERS)
 
 
 def chunk_numel(dtype: torch.dtype) -> int:
-    return triton_table.CHUNK_BYTES // dtype.itemsize
+    return memory.CHUNK_BYTES // dtype.itemsize
 
 
 def at_offset(values: Tensor, offset: int) -> Tensor:
@@ -52,8 +58,21 @@ def clones(tensors: list[Tensor]) -> list[Tensor]:
     return [t.clone() for t in tensors]
 
 
+def norm_of(tensors: list[Tensor], p: float = 2.0) -> Tensor:
+    """Return the norm in float64, before it is rounded to what users get."""
+    return backend.norm(TensorList(tensors), p, REPORT, torch.float64)[0]
+
+
+def scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+    backend.scale_(TensorList(tensors), clip_coef)
+
+
+def clamp_(tensors: list[Tensor], low: float, high: float) -> None:
+    backend.clamp_(TensorList(tensors), low, high)
+
+
 def assert_norm(tensors: list[Tensor], p: float) -> Tensor:
-    norm = backend.norm(tensors, p)
+    norm = norm_of(tensors, p)
     assert norm.dtype == torch.float64 and norm.shape == ()
     exact = reference.total_norm(tensors, p)
     # p = 1 and 2 of what is not float64 are added in float32: 2.7e-7 at worst, see _sum. All else is
@@ -87,7 +106,7 @@ def test_scale_touches_every_element_once(dtype: torch.dtype) -> None:
     for coef in (torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.0)):
         grads = borders(dtype)
         before = clones(grads)
-        backend.scale_(grads, coef)
+        scale_(grads, coef)
         for grad, old in zip(grads, before):
             expected = old * coef
             if dtype == torch.bfloat16:
@@ -97,18 +116,30 @@ def test_scale_touches_every_element_once(dtype: torch.dtype) -> None:
 
 
 @over_orders
-def test_all_of_clipping_by_norm_at_once(p: float) -> None:
-    """The bits of the three steps: norm, coefficient in torch's operations, product."""
+def test_norm_and_coefficient_of_one_kernel(p: float) -> None:
+    """The bits of the separate steps: the norm rounded, and the coefficient in torch's operations."""
     for dtypes, scale in ((DTYPES[:3], 1.0), (DTYPES, 1.0), (DTYPES, 1e-3), (DTYPES[:3], math.inf)):
-        grads = [torch.randn(n).to(d) * scale for n, d in zip((20_000, 3, 700, 5), dtypes)]
-        twins = clones(grads)
-        public = torch.float64 if torch.float64 in dtypes else torch.float32
-        for max_norm in (0.3, 1e4, 0.0):
-            clipped = backend.clip_norm_(grads, max_norm, p)
-            norm = backend.norm(twins, p).to(public)
-            backend.scale_(twins, torch.clamp((norm + 1e-6).reciprocal() * max_norm, max=1.0))
-            assert clipped.dtype == public and same(clipped, norm)
-            assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(grads, twins))
+        tensors = [torch.randn(n).to(d) * scale for n, d in zip((20_000, 3, 700, 5), dtypes)]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        expected = norm_of(tensors, p).to(dtype)
+        for max_norm in (0.3, 1e4, 0.0):  # the second is not reached, and the coefficient is 1
+            rule = Rule(max_norm)
+            norm, coef = backend.norm(TensorList(tensors), p, rule, dtype)
+            assert norm.dtype == coef.dtype == dtype and same(norm, expected)
+            assert torch.equal(coef.nan_to_num(7.0), rule.clip_coef(norm).nan_to_num(7.0))
+
+
+def test_a_coefficient_is_right_for_any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two gradients that overlap beside one listed twice: Triton takes the norm and foreach scales."""
+    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)  # as on a GPU
+    base, twice = torch.randn(100), torch.randn(5)
+    grads = [base[:60], base[40:], twice, twice]
+    params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    before = clones(grads)
+    gradclip_ext.clip_grad_norm_(params, 1e6, backend="triton")
+    assert all(same(a, b) for a, b in zip(grads, before)), "nothing exceeds this threshold"
 
 
 @over_dtypes
@@ -117,7 +148,7 @@ def test_clamp_touches_every_element(dtype: torch.dtype) -> None:
         grads = borders(dtype)
         grads[4][:3] = torch.tensor([math.nan, math.inf, -math.inf])
         before = clones(grads)
-        backend.clamp_(grads, low, high)
+        clamp_(grads, low, high)
         for grad, old in zip(grads, before):
             assert same(grad, old.clamp(low, high)), (dtype, low, high)
 
@@ -130,7 +161,7 @@ def test_bits_of_nan_survive_a_clamp(dtype: torch.dtype) -> None:
     payload[1] |= torch.iinfo(integer).min
     grad = payload.repeat(chunk_numel(dtype) // 4 + 1).view(dtype)
     nan, before = grad.isnan(), grad.clone()
-    backend.clamp_([grad], -1.0, 1.0)
+    clamp_([grad], -1.0, 1.0)
     assert same(grad[nan], before[nan]) and (grad[~nan] <= 1.0).all()
 
 
@@ -150,11 +181,11 @@ def test_same_bits_at_any_alignment(dtype: torch.dtype) -> None:
     norms: dict[float, Tensor] = {}
     for offset in (0, 1, 3, 16 // dtype.itemsize):
         for p in (1.0, 2.0, 3.0, math.inf):
-            norm = backend.norm([at_offset(values, offset)], p)
+            norm = norm_of([at_offset(values, offset)], p)
             assert same(norms.setdefault(p, norm), norm), (offset, p)
         scaled, clamped = at_offset(values, offset), at_offset(values, offset)
-        backend.scale_([scaled], torch.tensor(0.25))  # exact in every dtype, by truncation, too
-        backend.clamp_([clamped], -0.5, 0.5)
+        scale_([scaled], torch.tensor(0.25))  # exact in every dtype, by truncation, too
+        clamp_([clamped], -0.5, 0.5)
         assert same(scaled, values * 0.25) and same(clamped, values.clamp(-0.5, 0.5)), offset
 
 
@@ -165,9 +196,9 @@ def test_same_bits_for_any_number_of_programs(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(memory, "_INTERPRETED_PROGRAMS", programs)
         torch.manual_seed(1)
         grads = [*borders(torch.float32), *borders(torch.float16)[:5]]
-        norms = [backend.norm(grads, p) for p in (1.0, 2.0, 3.0, math.inf)]
-        backend.scale_(grads, torch.tensor(0.3))
-        backend.clamp_(grads, -0.2, 0.2)
+        norms = [norm_of(grads, p) for p in (1.0, 2.0, 3.0, math.inf)]
+        scale_(grads, torch.tensor(0.3))
+        clamp_(grads, -0.2, 0.2)
         results.append([*norms, *grads])
     for result in results[1:]:
         assert all(same(a, b) for a, b in zip(result, results[0]))
@@ -181,36 +212,35 @@ def test_empty_tensors_anywhere(where: int) -> None:
     expected.insert(where, torch.empty(0, 3))
     for p in (2.0, math.inf):
         assert_norm(grads, p)
-    backend.scale_(grads, torch.tensor(0.5))
+    scale_(grads, torch.tensor(0.5))
     assert all(torch.equal(a, b) for a, b in zip(grads, expected))
-    backend.clamp_(grads, -0.1, 0.1)
+    clamp_(grads, -0.1, 0.1)
     assert all(torch.equal(a, b.clamp(-0.1, 0.1)) for a, b in zip(grads, expected))
-    backend.scale_([torch.empty(0)], torch.tensor(0.5))
+    scale_([torch.empty(0)], torch.tensor(0.5))
 
 
 def test_a_thousand_tiny_tensors() -> None:
     grads = [torch.randn(1 + i % 7).to(DTYPES[i % 11 % 4]) for i in range(1000)]
     assert_norm(grads, 2.0)
     expected = [t * 0.5 for t in grads]
-    backend.scale_(grads, torch.tensor(0.5))
+    scale_(grads, torch.tensor(0.5))
     assert all(torch.equal(a, b) for a, b in zip(grads, expected))
 
 
 def test_a_list_that_changes_between_calls() -> None:
     """Sizes, dtypes and strides change under the same pointers; tables must follow."""
-    memory = torch.randn(4096)
+    base = torch.randn(4096)
     for view in (
-        memory,
-        memory[:100],
-        memory[:100].view(torch.float16),
-        memory[:50].view(torch.bfloat16),
-        memory[: 2 * 50 : 2],
-        memory[:100].view(10, 10).t(),
-        memory[:100],
+        base,
+        base[:100],
+        base[:100].view(torch.float16),
+        base[:50].view(torch.bfloat16),
+        base[:100].view(10, 10).t(),
+        base[:100],
     ):
         tensors = [view, torch.ones(3)]
         exact = reference.total_norm(tensors)
-        assert backend.norm(tensors, 2.0).item() == pytest.approx(exact, rel=1e-6, nan_ok=True)
+        assert norm_of(tensors, 2.0).item() == pytest.approx(exact, rel=1e-6, nan_ok=True)
 
 
 def test_irregular_tensors_go_their_own_way() -> None:
@@ -220,14 +250,21 @@ def test_irregular_tensors_go_their_own_way() -> None:
         torch.randn(7, dtype=torch.complex64),
         torch.randn(6, 5).t(),
     ]
-    expected = [t * 0.5 for t in grads]
+    params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for param, grad in zip(params, grads):
+        param.grad = grad
     for p in ORDERS:
-        assert_norm(grads, p)
-    backend.scale_(grads, torch.tensor(0.5))
-    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+        norm = gradclip_ext.get_total_norm(grads, p, backend="triton")
+        assert norm.item() == pytest.approx(reference.total_norm(grads, p), rel=1e-6)
+    coef = (torch.tensor(2.0) + 1e-6).reciprocal()
+    expected = [t * coef for t in grads]
+    gradclip_ext.clip_grads_with_norm_(params, 1.0, torch.tensor(2.0), backend="triton")
+    for grad, wanted in zip(grads, expected):
+        torch.testing.assert_close(grad, wanted)
     huge = [torch.randn(50) * 1e30, torch.randn(9, 2)[:, 0] * 1e30]
     for p in (3.0, 40.0):  # a sum of powers of the two norms would overflow
-        assert_norm(huge, p)
+        norm = gradclip_ext.get_total_norm(huge, p, backend="triton")
+        assert norm.item() == pytest.approx(reference.total_norm(huge, p), rel=1e-6)
 
 
 def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,19 +276,19 @@ def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(numel, dtype=torch.float16)
     x[-40:] = values = torch.randn(40).half()
 
-    def table(listing: triton_table.Listing) -> triton_table.Table:
-        made = genuine(listing)
+    def table(columns: bytes) -> Any:
+        made = genuine(columns)
         assert made.rows.tolist() == [x.data_ptr(), numel, 0, 0, 0, last + 1]
         made.rows = array("q", [0, 0, last, x.data_ptr(), numel, 0, 0, 0, last + 1])
-        made.groups = [triton_table.Group(torch.float16, 0, 2, 1)]
+        made.groups = [memory.Group(torch.float16, 0, 2, 1)]
         return made
 
-    genuine = triton_table.Table
+    genuine = memory.Table
     monkeypatch.setattr(memory, "Table", table)
     monkeypatch.setattr(memory, "_workspaces", {})
-    backend.scale_([x], torch.tensor(0.5))
+    scale_([x], torch.tensor(0.5))
     assert torch.equal(x[-40:], values * 0.5)
-    backend.clamp_([x], -0.1, 0.1)
+    clamp_([x], -0.1, 0.1)
     assert torch.equal(x[-40:], (values * 0.5).clamp(-0.1, 0.1))
 
 
@@ -265,9 +302,9 @@ def test_nan_and_infinity_anywhere(dtype: torch.dtype) -> None:
         for p in (1.0, 2.0, 3.0, math.inf):
             grad = torch.randn(chunk + 2).to(dtype)
             grad[position] = -math.inf
-            assert backend.norm([torch.ones(3), grad], p) == math.inf
+            assert norm_of([torch.ones(3), grad], p) == math.inf
             grad[position - 1] = -math.nan
-            assert backend.norm([grad, torch.ones(3)], p).isnan()
+            assert norm_of([grad, torch.ones(3)], p).isnan()
 
 
 @over_orders
@@ -285,7 +322,7 @@ def test_range(dtype: torch.dtype, scales: tuple, p: float) -> None:
 
 @over_orders
 def test_zeros_alone(p: float) -> None:
-    assert backend.norm([torch.zeros(20_000), torch.zeros(3).bfloat16()], p).item() == 0.0
+    assert norm_of([torch.zeros(20_000), torch.zeros(3).bfloat16()], p).item() == 0.0
 
 
 # ---------------------------------------------------------------- what is stored
@@ -310,18 +347,17 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.mark.parametrize("coef", [1.0, 1.5, math.inf])
 def test_scale_stores_nothing_where_nothing_is_clipped(stored: list[int], coef: float) -> None:
     grads = borders(torch.float32)
-    before, versions = clones(grads), [g._version for g in grads]
-    backend.scale_(grads, torch.tensor(coef))
+    before = clones(grads)
+    scale_(grads, torch.tensor(coef))
     assert stored == [] and all(same(a, b) for a, b in zip(grads, before))
-    assert all(g._version > v for g, v in zip(grads, versions)), "autograd has to be told all the same"
 
 
 def test_read_only_memory_is_left_alone() -> None:
     """Pages that cannot be written: a store of unchanged values would kill the process."""
     with pytest.warns(UserWarning, match="not writable"):
         grad = torch.frombuffer(mmap.mmap(-1, 4 * 20_000, prot=mmap.PROT_READ), dtype=torch.float32)
-    backend.scale_([grad], torch.tensor(1.0))
-    backend.clamp_([grad], -1.0, 1.0)
+    scale_([grad], torch.tensor(1.0))
+    clamp_([grad], -1.0, 1.0)
 
 
 @over_dtypes
@@ -329,17 +365,19 @@ def test_clamp_stores_only_what_changes(stored: list[int], dtype: torch.dtype) -
     vec = 16 // dtype.itemsize
     grad = at_offset(torch.zeros(chunk_numel(dtype) + 10, dtype=dtype), 0)
     grad[[3, 5 * vec, -1]] = 2.0
-    backend.clamp_([grad], -1.0, 1.0)
+    clamp_([grad], -1.0, 1.0)
     assert sum(stored) == 2 * vec + 1, "two vectors of whole tiles, one element of the rest"
     stored.clear()
-    backend.clamp_([grad], -1.0, 1.0)
+    clamp_([grad], -1.0, 1.0)
     assert sum(stored) == 0
 
 
 def test_partial_overlap_is_scaled_in_list_order() -> None:
     base = torch.randn(100)
-    expected = base.clone()
+    expected, coef = base.clone(), (torch.tensor(2.0) + 1e-6).reciprocal()
     for view in (expected[:60], expected[40:]):
-        view.mul_(0.5)
-    backend.scale_([base[:60], base[40:]], torch.tensor(0.5))
+        view.mul_(coef)
+    params = [torch.nn.Parameter(torch.zeros(60)) for _ in range(2)]
+    params[0].grad, params[1].grad = base[:60], base[40:]
+    gradclip_ext.clip_grads_with_norm_(params, 1.0, torch.tensor(2.0), backend="triton")
     assert torch.equal(base, expected)

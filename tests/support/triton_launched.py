@@ -24,15 +24,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import gradclip_ext
-from gradclip_ext import _core, backends
-from gradclip_ext.backends import triton_kernels
-from gradclip_ext.backends.triton import _LAUNCHER_TAKES_CONSTANTS, TritonBackend, _Launch
+from gradclip_ext import _extension, backends
+from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.triton import TritonBackend
+from gradclip_ext.backends.triton.launch import Launch, Launcher
+from gradclip_ext.norms import REPORT, Rule
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 launched: list[tuple[Any, ...]] = []
 
 
-class Launcher:
+class DriverLauncher:
     """What Triton builds for a binary to call the driver: keeps grid and arguments, and who it is."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
@@ -47,7 +49,7 @@ driver.set_active(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=Launcher,
+        launcher_cls=DriverLauncher,
         utils=SimpleNamespace(
             load_binary=lambda *args: (1, 1, 1, 0, 1024)[: 5 if VERSION >= (3, 4) else 4],
             get_device_properties=lambda device: {"max_shared_mem": 1 << 18},
@@ -56,20 +58,14 @@ driver.set_active(
 )
 
 
-def set_up(backend: TritonBackend) -> TritonBackend:
-    """Let the backend serve CPU tensors, whose addresses nobody will read."""
-    backend._kernels = triton_kernels
-    backend._reasons[torch.device("cpu")] = None
-    backend._launcher_takes_constants = VERSION >= _LAUNCHER_TAKES_CONSTANTS
-    return backend
-
-
-class Comparing(TritonBackend):
+class Comparing(Launcher):
     """Launches everything in Triton's own way, too."""
 
-    same: dict[str, bool]
+    def __init__(self) -> None:
+        super().__init__()
+        self.same: dict[str, bool] = {}
 
-    def _start_of(self, launch: _Launch, given: tuple[Any, ...]) -> Any:
+    def _start_of(self, launch: Launch, given: tuple[Any, ...]) -> Any:
         start = super()._start_of(launch, given)
 
         def both(*given: Any) -> None:
@@ -86,29 +82,32 @@ class Comparing(TritonBackend):
 
 
 def launches_like_triton() -> dict[str, bool]:
-    backend = set_up(Comparing())
-    assert isinstance(backend, Comparing)
-    backend.same = {}
+    backend = TritonBackend()
+    backend._launcher = launcher = Comparing()
+    assert launcher.load() is None
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         grads = [torch.ones(40, dtype=dtype), torch.ones(3, dtype=torch.float32)]
         for p in (2.0, 3.0):
-            backend.norm(grads, p)
+            backend.norm(TensorList(grads), p, REPORT, torch.float64)
             for max_norm in (1.0, 0.0, 1e300):
-                backend.clip_norm_(grads, max_norm, p)
+                for result in (torch.float32, torch.float64):
+                    backend.norm(TensorList(grads), p, Rule(max_norm), result)
         coefs = torch.ones(5)
         for coef in (coefs[0], coefs[1], coefs[4]):  # 16 divides the addresses of two of them
-            backend.scale_(grads, coef)
+            backend.scale_(TensorList(grads), coef)
         for bound in (1.0, 0.0, 16.0):
-            backend.clamp_(grads, -bound, bound)
-    return backend.same
+            backend.clamp_(TensorList(grads), -bound, bound)
+    return launcher.same
 
 
 def host_us() -> dict[str, float]:
-    """Return the time of clip_grad_norm_, by whole calls and by the general path."""
+    """Return the time of clip_grad_norm_ with the compiled module and without."""
     parameters = [torch.nn.Parameter(torch.zeros(100, 3)) for _ in range(300)]
     for p in parameters:
         p.grad = torch.randn(100, 3)
-    set_up(backends._TRITON)
+    backend = backends.ALL["triton"]
+    assert isinstance(backend, TritonBackend) and backend._launcher.load() is None
+    backend._reasons[torch.device("cpu")] = None  # addresses of the CPU, which nobody will read
 
     def best() -> float:
         def call() -> object:
@@ -117,11 +116,10 @@ def host_us() -> dict[str, float]:
         call()
         return min(timeit.repeat(call, number=20, repeat=30)) / 20 * 1e6
 
-    found = {"whole": best()}
-    backends._FUSED.clear()
-    return {**found, "general": best()}
+    found = {"read by the module": best()}
+    _extension.C = None
+    return {**found, "read by Python": best()}
 
 
-print(
-    json.dumps({"same": launches_like_triton(), "host_us": host_us(), "compiled_module": _core.C is not None})
-)
+has_module = _extension.C is not None and _extension.C.CAN_READ
+print(json.dumps({"same": launches_like_triton(), "host_us": host_us(), "compiled_module": has_module}))

@@ -9,7 +9,8 @@ import importlib.util
 import re
 
 import pytest
-from subprocesses import TESTS, run_with_triton
+from subprocesses import run_with_triton
+from toolkit import ROOT, TESTS
 
 
 @pytest.mark.skipif(
@@ -23,11 +24,11 @@ def test_suite_in_the_interpreter() -> None:
     )
     reason = run_with_triton("-c", why_not, timeout=120, interpret=True).strip()
     if reason:
-        pytest.skip(f"Triton's interpreter does not serve here: {reason}")
+        pytest.skip(f"Triton's interpreter does not run here: {reason}")
     out = run_with_triton(
-        *("-m", "pytest", TESTS, "-c", TESTS.parent / "pyproject.toml"),
+        *("-m", "pytest", TESTS, "-c", ROOT / "pyproject.toml", "-m", "triton and not gpu"),
         *("-p", "triton_interpreted", "-p", "no:cacheprovider", "-W", "ignore", "-rs"),
-        *("-k", "triton-cpu or test_triton_kernels", "--ignore-glob", "*/test_benchmarks*"),
+        *("--ignore-glob", "*benchmarks*"),
         timeout=900,
         interpret=True,
     )

@@ -1,8 +1,8 @@
 """A pytest plugin for running the suite on Triton's interpreter: what it cannot do, and its worst delay.
 
-    TRITON_INTERPRET=1 python -m pytest tests -p triton_interpreted -k triton
+    TRITON_INTERPRET=1 python -m pytest tests -p triton_interpreted -m "triton and not gpu"
 
-with this folder on PYTHONPATH; test_triton_interpreted.py does so. Nothing here changes what a
+with this folder on PYTHONPATH; kernels/test_triton_interpreted.py does so. Nothing here changes what a
 kernel computes.
 """
 

@@ -23,7 +23,10 @@ CHUNK_BYTES = 65536
 # rounded to float32 once.
 NORM_TOLERANCE = 3e-7
 
-pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA headers on this machine")
+pytestmark = [
+    pytest.mark.toolkit,
+    pytest.mark.skipif(TOOLKIT is None, reason="no CUDA headers on this machine"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +57,22 @@ def address(tensor):
 
 def norm(kernels, tensors, p=2.0, *, max_norm=1.0, blocks=3, first_block=0):
     """Return (total_norm, clip_coef); scratch memory is poisoned with NaN before."""
-    wide = any(t.dtype == torch.float64 for t in tensors)
+    is_float64 = any(t.dtype == torch.float64 for t in tensors)
     listed = as_arguments(tensors)
     partials = torch.full((2 * kernels.emulated_chunks(*listed),), math.nan, dtype=torch.float64)
-    results = torch.full((2,), math.nan, dtype=torch.float64 if wide else torch.float32)
-    ticket = torch.zeros(1, dtype=torch.int32)
+    results = torch.full((2,), math.nan, dtype=torch.float64 if is_float64 else torch.float32)
+    arrivals = torch.zeros(1, dtype=torch.int32)
     kernels.emulated_norm(
-        *listed, ctypes.c_double(p), ctypes.c_double(max_norm), int(wide), blocks, first_block,
-        address(partials), address(ticket), address(results),
+        *listed, ctypes.c_double(p), ctypes.c_double(max_norm), int(is_float64), blocks, first_block,
+        address(partials), address(arrivals), address(results),
     )  # fmt: skip
-    assert ticket.item() == 0, "the ticket is not ready for the next launch"
+    assert arrivals.item() == 0, "the counter is not ready for the next launch"
     return results[0].item(), results[1].item()
 
 
 def scale_(kernels, tensors, coef, blocks=3):
-    wide = coef.dtype == torch.float64
-    kernels.emulated_scale(*as_arguments(tensors), address(coef), int(wide), blocks)
+    is_float64 = coef.dtype == torch.float64
+    kernels.emulated_scale(*as_arguments(tensors), address(coef), int(is_float64), blocks)
 
 
 def clamp_(kernels, tensors, low, high, blocks=3):

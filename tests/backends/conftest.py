@@ -1,0 +1,33 @@
+"""Fixtures for looking at the triton backend without Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from triton_fakes import with_fake_kernels
+
+from gradclip_ext import backends
+from gradclip_ext.backends.triton import TritonBackend, memory
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
+    """A list for what triton_fakes.py notes, and no tables from before."""
+    monkeypatch.setattr(memory, "_workspaces", {})
+    return []
+
+
+@pytest.fixture
+def install(log: list, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TritonBackend]:
+    """install(**options) makes ``backend="triton"`` one with fake kernels, and takes CPU tensors to it."""
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+
+    def installed(**options: object) -> TritonBackend:
+        backend = with_fake_kernels(log, **options)  # type: ignore[arg-type]
+        backend._reasons[torch.device("cpu")] = None  # as a GPU would be to it: usable, as far as it knows
+        monkeypatch.setitem(backends.ALL, "triton", backend)
+        return backend
+
+    return installed
