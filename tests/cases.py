@@ -114,7 +114,7 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One way to be served: a backend, a device, and how the backend is driven.
+    """What a test runs on: a backend, a device, and how the backend is used.
 
     ``way`` is "" for the ordinary one; "loop" passes foreach=False; "blind" hides the values
     of CPU tensors from the foreach backend, so that the strategy for accelerators runs without one.
@@ -180,34 +180,34 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def served(name: str) -> list[Target]:
+def targets_of(name: str) -> list[Target]:
     """Return the targets at which a backend can be tested on this machine."""
-    usable = [d for d in devices() if backends.ALL[name].why_unavailable(torch.device(d)) is None]
-    targets = [Target(name, device) for device in usable]
+    available = [d for d in devices() if backends.ALL[name].why_unavailable(torch.device(d)) is None]
+    targets = [Target(name, device) for device in available]
     if name == "foreach":
         targets += [Target(name, "cpu", "loop"), Target(name, "cpu", "blind")]
     return targets
 
 
 def targets() -> list[Any]:
-    """Return one parameter per target; a backend that serves nothing here is skipped with the reason."""
+    """Return one parameter per target; a backend that is unavailable here is skipped with the reason."""
     params: list[Any] = []
     for name, backend in backends.ALL.items():
-        found = served(name)
+        found = targets_of(name)
         params += [pytest.param(target, id=str(target)) for target in found]
         if not found:
             why = "; ".join(f"{d}: {backend.why_unavailable(torch.device(d))}" for d in devices())
             params.append(
-                pytest.param(None, id=name, marks=pytest.mark.skip(reason=f"{name} is unusable: {why}"))
+                pytest.param(None, id=name, marks=pytest.mark.skip(reason=f"{name} is unavailable: {why}"))
             )
     return params
 
 
 def cpu_backends() -> list[Any]:
-    """Return the names of the backends, skipping those that do not serve the CPU, for use in a subprocess."""
+    """Return the names of the backends, skipping those that are not for the CPU, for use in a subprocess."""
     params: list[Any] = []
     for name, backend in backends.ALL.items():
         why = backend.why_unavailable(torch.device("cpu"))
-        skip = [] if why is None else [pytest.mark.skip(reason=f"{name} does not serve the CPU: {why}")]
+        skip = [] if why is None else [pytest.mark.skip(reason=f"{name} is not for the CPU: {why}")]
         params.append(pytest.param(name, id=name, marks=skip))
     return params

@@ -1,4 +1,4 @@
-"""The choice of a backend, and one set of verbs for all of them."""
+"""The choice of a backend, and the same operations in all of them."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from cases import clones, grads_of, parameters, random
 from oracle import parameter
 
 import gradclip_ext
-from gradclip_ext import _core, backends
-from gradclip_ext.backends import foreach
+from gradclip_ext import _extension, backends
+from gradclip_ext.backends import base, foreach
 from gradclip_ext.backends.compiled import CudaBackend
 
-VERBS = ("unusable", "norm", "scale_", "clamp_")
+OPERATIONS = ("why_unavailable", "norm", "scale_", "clamp_")
 
 
 @pytest.mark.parametrize("name", list(backends.ALL))
-def test_same_verbs_everywhere(name: str) -> None:
+def test_every_backend_has_the_declared_operations(name: str) -> None:
     backend = backends.ALL[name]
     assert backend.name == name
-    for verb in VERBS:
-        declared = list(inspect.signature(getattr(backends.Backend, verb)).parameters)[1:]
-        offered = list(inspect.signature(getattr(backend, verb)).parameters)
-        assert offered[: len(declared)] == declared, f"{name}.{verb}"
-    declared_verbs = {v for v in vars(backends.Backend) if not v.startswith("_")} - {"name"}
-    assert set(VERBS) <= declared_verbs
+    for operation in OPERATIONS:
+        declared = list(inspect.signature(getattr(base.Backend, operation)).parameters)[1:]
+        offered = list(inspect.signature(getattr(backend, operation)).parameters)
+        assert offered == declared, f"{name}.{operation}"
+    public = {v for v in vars(base.Backend) if not v.startswith("_")} - {"name"}
+    assert set(OPERATIONS) == public
 
 
 @pytest.mark.parametrize("name", list(backends.ALL))
-def test_unusable_gives_a_reason_or_none(name: str) -> None:
+def test_why_unavailable_gives_a_reason_or_none(name: str) -> None:
     for device_type in ("cpu", "cuda", "meta"):
         reason = backends.ALL[name].why_unavailable(torch.device(device_type))
         assert reason is None or (isinstance(reason, str) and len(reason) > 10), (name, device_type, reason)
 
 
-def test_foreach_is_always_there() -> None:
+def test_foreach_is_always_available() -> None:
     assert backends.ALL["foreach"].why_unavailable(torch.device("cpu")) is None
     assert list(backends.ALL)[-1] == "foreach", "the fallback comes last in the order of preference"
 
 
-def test_automatic_choice_serves_the_cpu() -> None:
+def test_automatic_choice_on_the_cpu() -> None:
     params = parameters((5,), (3, 2))
     before = clones(grads_of(params))
     norm = gradclip_ext.clip_grad_norm_(params, 0.5)
@@ -62,7 +62,7 @@ def test_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gradclip_ext.clip_grad_norm_(params, 1.0) > 0
 
 
-def test_environment_is_held_to_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_backend_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADCLIP_EXT_BACKEND", "nonsense")
     params = parameters((5,), (2,))
     for call in (
@@ -83,15 +83,15 @@ def test_argument_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert gradclip_ext.clip_grad_norm_(params, 1.0, backend="foreach") > 0
 
 
-def test_empty_environment_variable_is_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_environment_variable_names_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADCLIP_EXT_BACKEND", "")
     assert gradclip_ext.clip_grad_norm_(parameters((5,)), 1.0) > 0
 
 
 @pytest.mark.parametrize("name", list(backends.ALL))
-def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
-    unusable = {d: backends.ALL[name].why_unavailable(torch.device(d)) for d in ("cpu", "meta")}
-    for device, reason in unusable.items():
+def test_naming_an_unavailable_backend_says_why(name: str) -> None:
+    reasons = {d: backends.ALL[name].why_unavailable(torch.device(d)) for d in ("cpu", "meta")}
+    for device, reason in reasons.items():
         if reason is None:
             continue
         param = torch.nn.Parameter(torch.empty(3, device=device))
@@ -104,7 +104,7 @@ def test_insisting_on_an_unusable_backend_says_why(name: str) -> None:
 # ---------------------------------------------------------------- irregular gradients on any backend
 
 
-def test_irregular_gradients_are_served_whichever_backend_is_named() -> None:
+def test_irregular_gradients_work_whichever_backend_is_named() -> None:
     """Gaps and complex numbers have no fused kernel; naming a backend does not make them an error."""
     for name, backend in backends.ALL.items():
         if backend.why_unavailable(torch.device("cpu")) is not None:
@@ -143,14 +143,14 @@ def test_device_of_meta_tensors_needs_no_values() -> None:
         ([(0, 3)], False),
     ],
 )
-def test_shared_memory_is_noticed(ranges: list, shared: bool) -> None:
-    base = random(9)
-    assert foreach._share_memory([base[a:b] for a, b in ranges]) is shared
+def test_shared_memory_is_found(ranges: list, shared: bool) -> None:
+    memory = random(9)
+    assert base.share_memory([memory[a:b] for a, b in ranges]) is shared
 
 
 def test_interleaved_slices_share_a_range() -> None:
-    base = random(8)
-    assert foreach._share_memory([base[::2], base[1::2]])  # cautious: ranges, not elements
+    memory = random(8)
+    assert base.share_memory([memory[::2], memory[1::2]])  # cautious: ranges, not elements
 
 
 def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,24 +181,26 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gpu_with_obstacle(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, bool] | None], None]:
-    """Pretend a GPU of compute capability 7.0 and a build for CUDA that finds the given obstacle on it."""
+def gpu_with_reason(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, bool] | None], None]:
+    """Pretend a GPU of compute capability 7.0 and a build for CUDA that cannot run on it for a reason."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
-    monkeypatch.setattr(_core, "BUILT_FOR_CUDA", "13.0")
-    monkeypatch.setattr(_core, "ARCHITECTURES", "8.0;9.0")
+    monkeypatch.setattr(_extension, "BUILT_FOR_CUDA", "13.0")
+    monkeypatch.setattr(_extension, "ARCHITECTURES", "8.0;9.0")
 
-    def pretend(obstacle: tuple[str, bool] | None) -> None:
-        monkeypatch.setattr(_core, "C", SimpleNamespace(cuda_obstacle=lambda index: obstacle))
+    def pretend(reason: tuple[str, bool] | None) -> None:
+        compiled = SimpleNamespace(cuda_norm=None, cuda_why_unavailable=lambda index: reason)
+        monkeypatch.setattr(_extension, "C", compiled)
 
     return pretend
 
 
-def test_a_gpu_without_code_in_the_binary_is_told_once(
-    gpu_with_obstacle: Callable[[tuple[str, bool] | None], None],
+def test_a_gpu_without_code_in_the_binary_warns_once(
+    gpu_with_reason: Callable[[tuple[str, bool] | None], None],
 ) -> None:
-    gpu_with_obstacle(("no kernel image is available", True))
+    gpu_with_reason(("no kernel image is available", True))
     backend = CudaBackend()
     with pytest.warns(RuntimeWarning, match="compute capability 7.0") as warned:
         reasons = {backend.why_unavailable(torch.device(d)) for d in ("cuda", "cuda:0", "cuda")}
@@ -207,21 +209,21 @@ def test_a_gpu_without_code_in_the_binary_is_told_once(
     assert reason is not None and 'TORCH_CUDA_ARCH_LIST="7.0"' in reason and "8.0;9.0" in reason
 
 
-def test_a_gpu_that_no_build_can_serve_is_not_told_to_rebuild(
-    gpu_with_obstacle: Callable[[tuple[str, bool] | None], None], monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_too_old_for_any_build_gets_no_advice_to_rebuild(
+    gpu_with_reason: Callable[[tuple[str, bool] | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu_with_obstacle(("no kernel image is available", True))
+    gpu_with_reason(("no kernel image is available", True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
     with pytest.warns(RuntimeWarning, match=r"6\.1 .*the kernels need 7\.0"):
         assert "reinstall" not in str(CudaBackend().why_unavailable(torch.device("cuda")))
 
 
-def test_kernels_that_cannot_be_loaded_now_are_no_reason_to_rebuild(
-    gpu_with_obstacle: Callable[[tuple[str, bool] | None], None],
+def test_kernels_that_cannot_be_loaded_now_give_no_advice_to_rebuild(
+    gpu_with_reason: Callable[[tuple[str, bool] | None], None],
 ) -> None:
-    gpu_with_obstacle(("out of memory", False))
+    gpu_with_reason(("out of memory", False))
     backend = CudaBackend()
     reason = backend.why_unavailable(torch.device("cuda"))
     assert reason is not None and "out of memory" in reason and "reinstall" not in reason
-    gpu_with_obstacle(None)
+    gpu_with_reason(None)
     assert backend.why_unavailable(torch.device("cuda")) is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from cases import Target, cpu_backends, grads_of, random
+from cases import Target, clones, cpu_backends, grads_of, random
 from oracle import parameter, torch_clip_grad_norm_
 from subprocesses import run_python
 from torch import Tensor
@@ -140,24 +140,50 @@ def test_memory_is_not_even_touched_when_nothing_is_clipped(name: str, tmp_path:
 # ---------------------------------------------------------------- one memory, several entries
 
 
-def test_duplicates_count_once(backend: Target) -> None:
+def test_a_parameter_listed_twice_counts_once(backend: Target) -> None:
+    """A tied weight. torch counts and scales it twice."""
     for name, call in backend.calls().items():
         params = backend.parameters((3,), (2, 2))
         twins = [parameter(g.clone()) for g in grads_of(params)]
-        tied = parameter(params[1].grad)  # another parameter with the same gradient
-        alias = parameter(params[0].grad.view(3))  # another tensor object: same pointer, shape, strides
-        results = call([params[0], params[0], params[1], tied, alias]), call(twins)
+        results = call([params[0], params[0], params[1], params[0], params[1]]), call(twins)
         if results[0] is not None:
             oracle.assert_same_bits(*results, what=name)
         for grad, twin in zip(grads_of(params), grads_of(twins)):
             oracle.assert_same_bits(grad, twin, name)
 
 
-def test_get_total_norm_counts_duplicates_once(backend: Target) -> None:
+def test_parameters_that_share_a_gradient_both_count_and_its_memory_is_written_once(backend: Target) -> None:
+    """autograd.grad of a + b hands out one tensor. torch counts it twice too, but also scales it twice."""
+    for name, call in backend.calls().items():
+        params = backend.parameters((3,), (2, 2))
+        before = clones(grads_of(params))
+        same = parameter(params[1].grad)  # another parameter with the same gradient
+        alias = parameter(params[0].grad.view(3))  # another tensor object: same pointer, shape, strides
+        shares = [params[0], params[1], same, alias]
+        twins = [parameter(g) for g in (*clones(before), *clones(before[::-1]))]
+        results = call(shares), call(twins)
+        if results[0] is not None:
+            oracle.assert_norm(results[0], [*before, *before], math.inf if "inf" in name else 2.0, name)
+            oracle.assert_scaled(grads_of(params), before, results[0], 0.1, name)
+        else:
+            for grad, twin in zip(grads_of(params), grads_of(twins)):
+                oracle.assert_same_bits(grad, twin, name)
+
+
+def test_a_shared_gradient_beside_a_parameter_listed_twice(backend: Target) -> None:
+    (a, b), c = backend.parameters((5,), (4,)), None
+    before = clones([a.grad, b.grad])
+    c = parameter(a.grad)
+    norm = backend.clip_grad_norm_([a, b, a, c, b, c], 0.25)
+    oracle.assert_norm(norm, [*before, before[0]], 2.0)
+    oracle.assert_scaled([a.grad, b.grad], before, norm, 0.25)
+
+
+def test_get_total_norm_counts_every_tensor(backend: Target) -> None:
     a, b = backend.random(3), backend.random(4)
     for norm_type in (0.0, 1.0, 2.0, math.inf):
-        norm = backend.get_total_norm([a, b, a, b.view(4), a.detach()], norm_type)
-        oracle.assert_same_bits(norm, backend.get_total_norm([a, b], norm_type))
+        listed = [a, b, a, b.view(4), a.detach()]
+        oracle.assert_norm(backend.get_total_norm(listed, norm_type), clones(listed), norm_type)
 
 
 def test_same_memory_in_another_shape_or_dtype_is_no_duplicate(backend: Target) -> None:

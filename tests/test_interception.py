@@ -1,10 +1,10 @@
-"""Under a tracer, torch.func or a dispatch mode: torch's operations alone, and nothing depends on a value."""
+"""Under a tracer, torch.func or a mode: torch's operations alone, and nothing depends on a value."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import oracle
@@ -14,11 +14,14 @@ from cases import random
 from oracle import parameter
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradclip_ext
-from gradclip_ext.tracing import operations_are_followed
+from gradclip_ext.interception import is_intercepted
 
 ORDERS = (0.0, 1.0, 2.0, 3.0, math.inf)
 
@@ -36,11 +39,42 @@ def assert_clipped_alike(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0)
 
 
-def test_what_counts_as_followed() -> None:
+class Record(TorchFunctionMode):
+    """Notes the names of torch's functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+class RecordDispatch(TorchDispatchMode):
+    """Notes the operations that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_what_counts_as_intercepted() -> None:
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(operations_are_followed())
+        seen.append(is_intercepted())
         return x * 2
 
     look(torch.ones(2))
@@ -53,31 +87,67 @@ def test_what_counts_as_followed() -> None:
     make_fx(look)(torch.ones(2))
     with FlopCounterMode(display=False):
         look(torch.ones(2))
-    assert seen == [False, False, True, True, True, True, True]
+    with Record():
+        look(torch.ones(2))
+    with torch.device("cpu"), Record():
+        look(torch.ones(2))
+    with forward_ad.dual_level():
+        look(torch.ones(2))
+    assert seen == [False] * 2 + [True] * 8
+    look(torch.ones(2))
+    assert seen[-1] is False, "something of a mode was left behind"
 
 
-def test_another_thread_is_not_followed() -> None:
-    """torch's own is_in_torch_dispatch_mode() tells of any thread."""
+def test_a_default_device_does_not_count(default_device: None) -> None:
+    """torch.set_default_device is a mode too, and must not switch the kernels off."""
+    assert not is_intercepted()
+
+
+@pytest.mark.parametrize("mode", [Record, RecordDispatch])
+def test_a_mode_sees_torch_operations(mode: type) -> None:
+    calls = {
+        ("norm", "dot"): lambda p: gradclip_ext.clip_grad_norm_(p, 1.0),
+        ("mul",): lambda p: gradclip_ext.clip_grads_with_norm_(p, 1.0, torch.tensor(9.0)),
+        ("clamp",): lambda p: gradclip_ext.clamp_grad_(p, -0.1, 0.1),
+    }
+    for words, call in calls.items():
+        with mode() as seen:
+            call([parameter(torch.ones(4)), parameter(torch.ones(2))])
+        assert any(word in name for name in seen.names for word in words), (words, seen.names)
+
+
+def test_a_mode_of_another_thread_does_not_count() -> None:
+    """torch's own is_in_torch_dispatch_mode() answers for all threads together."""
     seen: list[bool] = []
+    for mode in (FlopCounterMode(display=False), Record()):
+        with mode:
+            thread = threading.Thread(target=lambda: seen.append(is_intercepted()))
+            thread.start()
+            thread.join()
+    assert seen == [False, False]
+
+
+def test_a_parameter_that_is_listed_twice_counts_once() -> None:
+    grad = random(4)
+    param = parameter(grad.clone())
     with FlopCounterMode(display=False):
-        thread = threading.Thread(target=lambda: seen.append(operations_are_followed()))
-        thread.start()
-        thread.join()
-    assert seen == [False]
+        norm = gradclip_ext.clip_grad_norm_([param, param], 0.5)
+    oracle.assert_norm(norm, [grad], 2.0)
+    oracle.assert_scaled([param.grad], [grad], norm, 0.5)
 
 
-def test_a_gradient_that_is_listed_twice_counts_once() -> None:
+def test_a_tensor_that_is_listed_twice_counts_twice() -> None:
     grad = random(4)
     with FlopCounterMode(display=False):
         norm = gradclip_ext.get_total_norm([grad, grad.view(4)])
-    oracle.assert_norm(norm, [grad], 2.0)
+    oracle.assert_norm(norm, [grad, grad], 2.0)
 
 
 @pytest.mark.parametrize("norm_type", ORDERS)
 @pytest.mark.parametrize("trace", [make_fx, torch.jit.trace], ids=["make_fx", "jit"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_holds_for_other_values(trace: Callable[..., Any], norm_type: float) -> None:
-    """One with nothing to clip serves gradients that have to be."""
+    """A trace made where nothing has to be clipped also clips."""
 
     def step(a: Tensor, b: Tensor) -> list[Tensor]:
         norm, grads = clipped([a, b], norm_type)
