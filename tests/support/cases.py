@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from oracle import parameter
+from oracle import parameter, unchanged
 from torch import Tensor
 
 import gradclip_ext
@@ -107,6 +108,26 @@ def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def raises_untouched(
+    error: type[Exception],
+    words: tuple[str, ...],
+    good: list[Tensor],
+    call: Callable[..., Any],
+    *args: Any,
+    what: str = "",
+) -> None:
+    """Assert that the call raises, that its message holds all the words, and that nothing changed."""
+    with unchanged(grads_of(good), what), pytest.raises(error) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert type(caught.value) is error, f"{what}: {caught.value!r}"
+    for word in words:
+        assert re.search(word, message, re.IGNORECASE), f"{what}: no {word!r} in {message!r}"
 
 
 # ---------------------------------------------------------------- backends

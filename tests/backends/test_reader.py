@@ -261,8 +261,10 @@ def test_results_are_new_and_of_the_right_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=name_of)
-def test_the_kernels_get_the_list_from_python_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without DLPack's exchange (torch < 2.10) Python reads the columns; the kernels and bits are the same."""
+def test_the_kernels_get_the_list_from_python_too(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the exchange API (torch < 2.10) Python reads the columns. Kernels and bits are the same."""
     grads = [torch.randn(7, 5).to(dtype), torch.randn(0).to(dtype), torch.randn(6, 3).to(dtype).t()]
     runs = []
     for can_read in (C.CAN_READ, False):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -14,9 +12,8 @@ from cases import clones, grads_of, parameters, random
 from oracle import parameter
 
 import gradclip_ext
-from gradclip_ext import _extension, backends
-from gradclip_ext.backends import base, foreach
-from gradclip_ext.backends.compiled import CudaBackend
+from gradclip_ext import backends
+from gradclip_ext.backends import base
 
 OPERATIONS = ("why_unavailable", "norm", "scale_", "clamp_")
 
@@ -127,103 +124,3 @@ def test_device_of_meta_tensors_needs_no_values() -> None:
         assert norm.device.type == "meta" and norm.shape == () and norm.dtype == torch.float32
     gradclip_ext.clip_grad_value_(params, 1.0)
     gradclip_ext.clamp_grad_(params, 0.0)
-
-
-# ---------------------------------------------------------------- how foreach groups for an accelerator
-
-
-@pytest.mark.parametrize(
-    "ranges, shared",
-    [
-        ([(0, 4), (4, 8)], False),
-        ([(0, 5), (4, 8)], True),
-        ([(4, 8), (0, 5)], True),
-        ([(0, 9), (1, 2), (5, 6)], True),
-        ([(0, 0), (0, 4), (4, 4)], False),
-        ([(0, 3)], False),
-    ],
-)
-def test_shared_memory_is_found(ranges: list, shared: bool) -> None:
-    memory = random(9)
-    assert base.share_memory([memory[a:b] for a, b in ranges]) is shared
-
-
-def test_interleaved_slices_share_a_range() -> None:
-    memory = random(8)
-    assert base.share_memory([memory[::2], memory[1::2]])  # cautious: ranges, not elements
-
-
-def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """foreach=False where the host sees nothing: the loop and the strategy for accelerators together."""
-    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
-    for norm_type in (0.0, 0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
-        grads = [random(6, 4)[::2], random(7), random(5, dtype=torch.complex64), random(), random(0, 2)]
-        before = clones(grads)
-        norm = gradclip_ext.clip_grad_norm_([parameter(g) for g in grads], 0.5, norm_type, foreach=False)
-        oracle.assert_norm(norm, before, norm_type)
-        oracle.assert_scaled(grads, before, norm, 0.5)
-
-
-def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One dtype and no gaps per launch; what is irregular goes alone and demotes nobody."""
-    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
-    a, b = random(3), random(4)
-    half = random(5, dtype=torch.bfloat16)
-    gaps, z = random(6, 2)[:, 0], random(2, dtype=torch.complex64)
-    groups = foreach._batches([a, gaps, half, z, b], True)
-    assert [[id(t) for t in g] for g in groups] == [[id(a), id(b)], [id(half)], [id(gaps)], [id(z)]]
-    assert [len(g) for g in foreach._batches([a, b, half], False)] == [1, 1, 1]
-    overlapping = [a[:2], a[1:], b]
-    assert [len(g) for g in foreach._batches(overlapping, True)] == [1, 1, 1]
-
-
-# ---------------------------------------------------------------- GPUs that the build is not for
-
-
-@pytest.fixture
-def gpu_with_reason(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, bool] | None], None]:
-    """Pretend a GPU of compute capability 7.0 and a build for CUDA that cannot run on it for a reason."""
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
-    monkeypatch.setattr(_extension, "BUILT_FOR_CUDA", "13.0")
-    monkeypatch.setattr(_extension, "ARCHITECTURES", "8.0;9.0")
-
-    def pretend(reason: tuple[str, bool] | None) -> None:
-        compiled = SimpleNamespace(cuda_norm=None, cuda_why_unavailable=lambda index: reason)
-        monkeypatch.setattr(_extension, "C", compiled)
-
-    return pretend
-
-
-def test_a_gpu_without_code_in_the_binary_warns_once(
-    gpu_with_reason: Callable[[tuple[str, bool] | None], None],
-) -> None:
-    gpu_with_reason(("no kernel image is available", True))
-    backend = CudaBackend()
-    with pytest.warns(RuntimeWarning, match="compute capability 7.0") as warned:
-        reasons = {backend.why_unavailable(torch.device(d)) for d in ("cuda", "cuda:0", "cuda")}
-    assert len(warned) == 1 and len(reasons) == 1
-    (reason,) = reasons
-    assert reason is not None and 'TORCH_CUDA_ARCH_LIST="7.0"' in reason and "8.0;9.0" in reason
-
-
-def test_a_gpu_too_old_for_any_build_gets_no_advice_to_rebuild(
-    gpu_with_reason: Callable[[tuple[str, bool] | None], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu_with_reason(("no kernel image is available", True))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
-    with pytest.warns(RuntimeWarning, match=r"6\.1 .*the kernels need 7\.0"):
-        assert "reinstall" not in str(CudaBackend().why_unavailable(torch.device("cuda")))
-
-
-def test_kernels_that_cannot_be_loaded_now_give_no_advice_to_rebuild(
-    gpu_with_reason: Callable[[tuple[str, bool] | None], None],
-) -> None:
-    gpu_with_reason(("out of memory", False))
-    backend = CudaBackend()
-    reason = backend.why_unavailable(torch.device("cuda"))
-    assert reason is not None and "out of memory" in reason and "reinstall" not in reason
-    gpu_with_reason(None)
-    assert backend.why_unavailable(torch.device("cuda")) is None
