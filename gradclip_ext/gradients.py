@@ -317,6 +317,12 @@ def check_writable(tensors: Sequence[Tensor], allows_lazy: bool) -> None:
                 f"{_gradient(index, tensors[index])} is a lazy conjugate or negative view: call "
                 "resolve_conj() or resolve_neg() on it first, or pass foreach=False"
             )
+        if any(map(Tensor._is_zerotensor, tensors)):
+            index = next(i for i, t in enumerate(tensors) if t._is_zerotensor())
+            raise RuntimeError(
+                f"{_gradient(index, tensors[index])} is a zero tensor without memory, which cannot be "
+                "changed: clone() it first"
+            )
         irregular = [t for t in tensors if t.layout is torch.strided and not t.is_contiguous()]
     for tensor in irregular:
         shared = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride()))
