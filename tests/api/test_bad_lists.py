@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import oracle
 import pytest
 import torch
 from cases import Target, parameters, raises_untouched, random
-from oracle import parameter
 
 import gradclip_ext
 from gradclip_ext import register_clamp_hook
@@ -70,20 +69,54 @@ def test_not_tensors_to_hook(kind: str) -> None:
     assert max(p.grad.abs().max() for p in model.parameters()) > 1, "a hook was left behind"
 
 
+class Parameters(torch.nn.Module):
+    """A module that can be iterated over: torch takes it."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self._listed = parameters
+
+    def __iter__(self) -> Iterator[torch.nn.Parameter]:
+        return iter(self._listed)
+
+
+class Indexed:
+    """A sequence by the old protocol: __getitem__ until IndexError."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._listed = parameters
+
+    def __getitem__(self, index: int) -> torch.nn.Parameter:
+        return self._listed[index]
+
+
 @pytest.mark.parametrize(
     "container",
     [
+        pytest.param(Parameters, id="iterable module"),
+        pytest.param(Indexed, id="only __getitem__"),
         pytest.param(torch.nn.ParameterList, id="ParameterList"),  # a module too, but torch takes it
         pytest.param(lambda params: dict.fromkeys([*params, *params]), id="dict"),  # each once, in order
     ],
 )
 def test_unusual_iterables_of_tensors(container: Callable[[list[torch.nn.Parameter]], Any]) -> None:
-    params = parameters((64,), (2, 2))
-    twins = [parameter(p.grad.clone()) for p in params]
-    norm = gradclip_ext.clip_grad_norm_(container(params), 0.5)
-    oracle.assert_same_bits(norm, gradclip_ext.clip_grad_norm_(twins, 0.5))
-    for param, twin in zip(params, twins):
-        oracle.assert_same_bits(param.grad, twin.grad)
+    calls: list[Callable[[Any], Any]] = [
+        lambda params: gradclip_ext.clip_grad_norm_(params, 0.5),
+        lambda params: gradclip_ext.clip_grads_with_norm_(params, 0.5, torch.tensor(3.0)),
+        lambda params: gradclip_ext.clip_grad_value_(params, 0.1),
+        lambda params: gradclip_ext.clamp_grad_(params, -0.1),
+        gradclip_ext.get_total_norm,
+    ]
+    for call in calls:
+        params = parameters((64,), (2, 2))
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        for param, twin in zip(params, twins):
+            twin.grad = param.grad.clone()
+        results = call(container(params)), call(twins)
+        if results[0] is not None:
+            oracle.assert_same_bits(*results)
+        for param, twin in zip(params, twins):
+            oracle.assert_same_bits(param.grad, twin.grad)
 
 
 # ---------------------------------------------------------------- the empty generator

@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from cases import random
+from cases import Target, clones, random
 from oracle import parameter
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -101,6 +101,26 @@ def test_what_counts_as_intercepted() -> None:
 def test_a_default_device_does_not_count(default_device: None) -> None:
     """torch.set_default_device is a mode too, and must not switch the kernels off."""
     assert not is_intercepted()
+
+
+def test_results_under_a_default_device(backend: Target, default_device: None) -> None:
+    """Every tensor that a call makes names its device."""
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        with torch.device("cpu"):
+            grads = [backend.random(40, dtype=dtype), backend.random(6, 3, dtype=dtype)[::2]]
+        before = clones(grads)
+        for norm_type in (0.0, 1.0, 2.0, 3.0, math.inf, -1.0):
+            norm = backend.get_total_norm(grads, norm_type)
+            with torch.device("cpu"):
+                oracle.assert_norm(norm, before, norm_type)
+        norm = backend.clip_grad_norm_([parameter(g) for g in grads], 0.5)
+        with torch.device("cpu"):
+            oracle.assert_scaled(grads, before, norm, 0.5)
+        if not dtype.is_complex:
+            expected = [g.clamp(-0.01, 0.02) for g in grads]
+            backend.clamp_grad_([parameter(g) for g in grads], -0.01, 0.02)
+            for grad, clamped in zip(grads, expected):
+                oracle.assert_same_bits(grad, clamped)
 
 
 @pytest.mark.parametrize("mode", [Record, RecordDispatch])

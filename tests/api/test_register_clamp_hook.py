@@ -245,3 +245,15 @@ def test_bounds_are_read_once() -> None:
     high.fill_(5.0)
     deliver(grad, param)
     oracle.assert_same_bits(param.grad, grad.clamp(LOW, HIGH))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch >= 2.10 has Tensor.grad_dtype")
+def test_the_dtype_of_the_gradient_decides_on_bounds() -> None:
+    narrow, wide = weight(3), weight(3, dtype=torch.float16)
+    narrow.grad_dtype, wide.grad_dtype = torch.float16, torch.float32
+    with pytest.raises(RuntimeError, match="float16"):
+        register_clamp_hook([wide, narrow], -1.0, 1e5)
+    register_clamp_hook(wide, -1e5, 1e5)
+    grad = torch.tensor([2e5, -2e5, 7.0])
+    wide.backward(grad)
+    oracle.assert_same_bits(wide.grad, grad.clamp(-1e5, 1e5))

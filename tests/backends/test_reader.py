@@ -179,6 +179,21 @@ def test_regular_tensors_are_one_part() -> None:
     assert found is not None and [(b.name, len(t.tensors)) for b, t in found._parts] == [("cpu", len(listed))]
 
 
+@needs_reader
+def test_what_has_no_gradient_decides_nothing() -> None:
+    """A frozen parameter of a subclass, as quantisation makes them, must not slow the list down."""
+
+    class Quantized(torch.nn.Parameter):
+        pass
+
+    frozen = Quantized(torch.zeros(8), requires_grad=False)
+    params = [frozen, *with_grads(torch.ones(3)), torch.ones(2, 2).to_sparse(), *with_grads(torch.ones(4))]
+    found = gradients.read_gradients(params, selection())
+    assert found is not None
+    ((backend, listed),) = found._parts
+    assert backend.name == "cpu" and listed._native is not None and len(listed.tensors) == 2
+
+
 def test_devices_are_parts() -> None:
     listed = [torch.ones(2), torch.empty(3, device="meta"), torch.ones(1)]
     found = gradients.read_tensors(listed, selection(None))

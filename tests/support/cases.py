@@ -19,7 +19,7 @@ from oracle import parameter, unchanged
 from torch import Tensor
 
 import gradclip_ext
-from gradclip_ext import backends
+from gradclip_ext import _extension, backends
 
 # New inputs at every run. The environment carries the seed to subprocesses and xdist workers.
 SEED = int(os.environ.setdefault("GRADCLIP_EXT_TEST_SEED", str(secrets.randbelow(2**31))))
@@ -138,7 +138,8 @@ class Target:
     """What a test runs on: a backend, a device, and how the backend is used.
 
     ``way`` is "" for the ordinary one; "loop" passes foreach=False; "blind" hides the values
-    of CPU tensors from the foreach backend, so that the strategy for accelerators runs without one.
+    of CPU tensors from the foreach backend, so that the strategy for accelerators runs without one;
+    "columns" lets Python read the tensors for the kernels, as under torch < 2.10.
     """
 
     name: str
@@ -207,6 +208,8 @@ def targets_of(name: str) -> list[Target]:
     targets = [Target(name, device) for device in available]
     if name == "foreach":
         targets += [Target(name, "cpu", "loop"), Target(name, "cpu", "blind")]
+    elif name == "cpu" and targets and _extension.C.CAN_READ:
+        targets.append(Target(name, "cpu", "columns"))
     return targets
 
 
