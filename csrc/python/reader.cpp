@@ -13,7 +13,8 @@ namespace {
 
 // ---------------------------------------------------------------- torch, as Python shows it
 
-/// An attribute of torch.Tensor, by the C function behind it: 10 ns less than the attribute's look-up.
+/// An attribute of torch.Tensor, by the C function behind it: 10 ns less than the attribute's
+/// look-up.
 class Attribute {
  public:
   Attribute() = default;
@@ -89,7 +90,8 @@ std::optional<DType> dtype_of(dlpack::DataType type) {
   return std::nullopt;
 }
 
-/// Tells whether the elements fill a range of memory, each once: contiguous, or a permutation of it.
+/// Tells whether the elements fill a range of memory, each once: contiguous, or a permutation of
+/// it.
 bool is_dense(const dlpack::Tensor& view) {
   int64_t expected = 1;
   int32_t dim = view.ndim;
