@@ -94,7 +94,8 @@ def clip_grad_norm_(
             return torch.tensor(0.0)
         total_norm, clip_coef = gradients.norm(norm_type, rule)
         if rule.error_if_nonfinite:
-            raise_if_nonfinite(total_norm, norm_type, [p.grad for p in listed])
+            # Read again only to name a tensor: asking what is no leaf for .grad makes torch warn.
+            raise_if_nonfinite(total_norm, norm_type, (p.grad for p in listed))
         gradients.scale_(clip_coef)
         return total_norm
 

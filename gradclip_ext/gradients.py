@@ -107,11 +107,7 @@ class GradientList:
         relies on it. Done even if nothing is written, before anything is."""
         if self._is_intercepted:
             return  # then torch's operations count
-        try:
-            torch.autograd.graph.increment_version(self.tensors)
-        except RuntimeError:  # inference tensors have no version
-            check_writable(self.tensors, allows_lazy=True)
-            raise
+        torch.autograd.graph.increment_version(self.tensors)  # passes over inference tensors
 
 
 # ---------------------------------------------------------------- reading
@@ -133,15 +129,16 @@ def read_gradients(
         allows_sparse: sparse gradients can be handled.
     """
     grads = _grads_of(parameters)
-    gradients = _read_native(grads, selection, distinct=True, clamps=clamps)
+    gradients = _read_native(grads, selection, written=True, clamps=clamps)
     if gradients is not None:
         return gradients
     if _has_dispatch_subclass(grads):
         return None
     check_readable(grads, allows_sparse)
     check_writable(grads, allows_lazy=selection.loops)
-    if not torch.compiler.is_compiling() and len(set(map(id, parameters))) < len(parameters):
-        grads = _grads_of(list({id(p): p for p in parameters}.values()))
+    listed_once = _listed_once(parameters)
+    if len(listed_once) < len(parameters):
+        grads = _grads_of(listed_once)
     plain = _as_plain(grads)
     written = _distinct_memory(plain)
     parts = _parts(plain, selection, is_written=len(written) == len(plain))
@@ -154,7 +151,7 @@ def read_gradients(
 def read_tensors(tensors: list[Any], selection: Selection) -> GradientList | None:
     """Return any tensors, each as often as it is listed, for reading only; None as read_gradients does."""
     tensors = arguments.all_tensors("tensors", tensors)
-    gradients = _read_native(tensors, selection, distinct=False)
+    gradients = _read_native(tensors, selection, written=False)
     if gradients is not None:
         return gradients
     if _has_dispatch_subclass(tensors):
@@ -162,6 +159,12 @@ def read_tensors(tensors: list[Any], selection: Selection) -> GradientList | Non
     check_readable(tensors)
     plain = _as_plain(tensors)
     return GradientList(plain, _parts(plain, selection), is_intercepted=selection.is_intercepted)
+
+
+def _listed_once(parameters: list[Any]) -> list[Any]:
+    if torch.compiler.is_compiling():  # it traces no id(), and a tensor's hash is its identity
+        return list(dict.fromkeys(parameters))
+    return list({id(p): p for p in parameters}.values())
 
 
 def _grads_of(parameters: list[Any]) -> list[Tensor]:
@@ -176,7 +179,7 @@ def _grads_of(parameters: list[Any]) -> list[Tensor]:
 
 
 def _read_native(
-    tensors: list[Tensor], selection: Selection, *, distinct: bool, clamps: bool = False
+    tensors: list[Tensor], selection: Selection, *, written: bool, clamps: bool = False
 ) -> GradientList | None:
     """Return the list as the compiled module reads it, at a fifth of the time that Python takes.
 
@@ -184,7 +187,7 @@ def _read_native(
     """
     if _extension.C is None or not _extension.C.CAN_READ or selection.is_intercepted or selection.loops:
         return None
-    native = _extension.C.read_tensors(tensors, distinct) if tensors else None
+    native = _extension.C.read_tensors(tensors, written) if tensors else None
     if native is None or (clamps and _extension.C.any_negative(tensors)):
         return None
     listed = TensorList(tensors, native)
@@ -313,6 +316,12 @@ def check_writable(tensors: Sequence[Tensor], allows_lazy: bool) -> None:
             raise RuntimeError(
                 f"{_gradient(index, tensors[index])} is a lazy conjugate or negative view: call "
                 "resolve_conj() or resolve_neg() on it first, or pass foreach=False"
+            )
+        if any(map(Tensor._is_zerotensor, tensors)):
+            index = next(i for i, t in enumerate(tensors) if t._is_zerotensor())
+            raise RuntimeError(
+                f"{_gradient(index, tensors[index])} is a zero tensor without memory, which cannot be "
+                "changed: clone() it first"
             )
         irregular = [t for t in tensors if t.layout is torch.strided and not t.is_contiguous()]
     for tensor in irregular:

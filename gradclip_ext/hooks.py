@@ -100,8 +100,7 @@ def register_clamp_hook(
     listed: list[Any] = arguments.as_list(name, parameters_or_module)
     tensors = [t for t in arguments.all_tensors(name, listed) if t.requires_grad]
     _check_hooks_run(tensors)
-    # grad_dtype (torch >= 2.10) is the dtype of the gradient where that is not the parameter's.
-    check_representable({getattr(t, "grad_dtype", None) or t.dtype for t in tensors}, low, high)
+    check_representable({_grad_dtype(t) for t in tensors}, low, high)
 
     def clamp(grad: Tensor) -> Tensor:
         return torch.clamp(grad, low, high)
@@ -115,6 +114,11 @@ def register_clamp_hook(
         handle.remove()
         raise
     return handle
+
+
+def _grad_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor's gradient; only leaves (torch >= 2.10) have one of their own."""
+    return (tensor.is_leaf and getattr(tensor, "grad_dtype", None)) or tensor.dtype
 
 
 def _check_not_sharded(module: torch.nn.Module) -> None:

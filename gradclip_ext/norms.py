@@ -71,7 +71,7 @@ def combine_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
     return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)
 
 
-def raise_if_nonfinite(norm: Tensor, norm_type: float, tensors: Sequence[Tensor | None]) -> None:
+def raise_if_nonfinite(norm: Tensor, norm_type: float, tensors: Iterable[Tensor | None]) -> None:
     """Raise torch's RuntimeError for a NaN or infinite norm, plus the place of the first such value.
 
     Waits for the device: the one synchronisation of the package, asked for by error_if_nonfinite=True.

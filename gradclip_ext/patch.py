@@ -21,17 +21,26 @@ _REPLACEMENTS: dict[_Place, Callable[..., Any]] = {
     (torch.nn.utils.clip_grad, "clip_grad_norm_"): clip.clip_grad_norm_,
     (torch.nn.utils.clip_grad, "clip_grad_value_"): clip.clip_grad_value_,
 }
-# What was there before the first patch is kept in torch's module, where a reload of this one finds it.
+# What was there before the first patch is kept in torch's module, where a reload of this one finds it. It is
+# there for as long as the patch is.
 _ORIGINALS = "_replaced_by_gradclip_ext"
 
 
-def _current() -> dict[_Place, Callable[..., Any]]:
+_Functions = dict[_Place, Callable[..., Any]]
+
+
+def _current() -> _Functions:
     return {(module, name): getattr(module, name) for module, name in _REPLACEMENTS}
 
 
 def _install(functions: dict[_Place, Callable[..., Any]]) -> None:
     for (module, name), function in functions.items():
         setattr(module, name, function)
+
+
+def _state() -> tuple[_Functions, _Functions | None]:
+    """Return the functions in place, and those that a patch has replaced if there is one."""
+    return _current(), vars(torch.nn.utils.clip_grad).get(_ORIGINALS)
 
 
 def _patch() -> None:
@@ -43,19 +52,23 @@ class _Patch:
     """What patch_torch returns: leaving its ``with`` block restores what was there before it."""
 
     def __init__(self) -> None:
-        self._before = [_current()]
+        self._before = [_state()]
         self._entered = False
         _patch()
 
     def __enter__(self) -> _Patch:
         if self._entered:  # a second `with` on one object has a "before" of its own
-            self._before.append(_current())
+            self._before.append(_state())
         self._entered = True
         _patch()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _install(self._before.pop())
+        functions, originals = self._before.pop()
+        _install(functions)
+        vars(torch.nn.utils.clip_grad).pop(_ORIGINALS, None)
+        if originals is not None:
+            vars(torch.nn.utils.clip_grad)[_ORIGINALS] = originals
 
 
 def patch_torch() -> _Patch:

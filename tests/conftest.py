@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import zlib
 
 import hypothesis
 import pytest
 import torch
+
+if os.environ.get("GRADCLIP_EXT_TEST_WITHOUT_C") == "1":  # what remains is the same, only slower
+    sys.modules["gradclip_ext._C"] = None  # type: ignore[assignment]
+
 from cases import SEED, Target, targets
 
+from gradclip_ext import _extension
 from gradclip_ext.backends import foreach
 from gradclip_ext.backends.triton import memory
 
@@ -49,10 +56,12 @@ def _seed_inputs(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(params=targets())
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """Every backend on every device where it is usable, and the special ways of driving foreach."""
+    """Every backend on every device where it is available, and the special ways of using some."""
     target: Target = request.param
     if target.way == "blind":
         monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    if target.way == "columns":
+        monkeypatch.setattr(_extension.C, "CAN_READ", False)
     return target
 
 

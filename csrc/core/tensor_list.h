@@ -1,7 +1,8 @@
 // What a list of gradients is and how it is cut into pieces of work.
 //
 // Plain C++17 without torch. The functions marked GRADCLIP_HOST_DEVICE are the index arithmetic
-// that every kernel runs, on the CPU and in CUDA; tests/test_core.py checks them from Python.
+// that every kernel runs, on the CPU and in CUDA; tests/kernels/test_index_arithmetic.py checks
+// them from Python.
 //
 //   tensor   0          1   2 (empty)  3
 //   chunks   0  1  2    3              4  5        chunk_prefix = {0, 3, 4, 4, 6}

@@ -36,10 +36,10 @@ py::list gradients(const py::list& parameters);
 /// Whether this torch offers what read_tensors() needs (torch >= 2.10).
 bool can_read();
 
-/// Returns the tensors as kernels take them: each exactly a torch.Tensor or Parameter, strided, of a
-/// kernel dtype, without gaps in memory, on one CPU or GPU, and, if they are `distinct`, without
-/// shared memory. Returns nothing if one of them is not.
-std::optional<HeldList> read_tensors(const py::list& tensors, bool distinct);
+/// Returns the tensors as kernels take them: each exactly a torch.Tensor or Parameter, strided, of
+/// a kernel dtype, without gaps in memory, on one CPU or GPU, and, if they will be `written`,
+/// without shared memory and not made in inference mode. Returns nothing if one of them is not.
+std::optional<HeldList> read_tensors(const py::list& tensors, bool written);
 
 /// The same from columns that Python has read, for an older torch. The caller has checked them.
 HeldList from_columns(const py::list& tensors, const std::string& columns, unsigned dtypes,

@@ -74,7 +74,10 @@ class ForeachBackend:
             return
         # The coefficient stays a 0-d tensor: as a Python number it would be rounded to bfloat16 along with
         # the gradient and cost four times the host time.
-        for group in _batches(tensors.tensors, self._batched):
+        scaled = tensors.tensors
+        if torch.complex32 in tensors.dtypes:
+            scaled = [_without_complex32(t) for t in scaled]
+        for group in _batches(scaled, self._batched):
             if len(group) > 1:
                 torch._foreach_mul_(group, clip_coef)
             else:
@@ -91,6 +94,14 @@ class ForeachBackend:
                 torch._foreach_clamp_max_(together, max)
             for grad in group if not together else [g for g in group if g.numel() > most]:
                 grad.clamp_(min, max)
+
+
+def _without_complex32(tensor: Tensor) -> Tensor:
+    """Return a view as float16, for which torch multiplies in float32; for complex32 it would round the
+    coefficient to float16."""
+    if tensor.dtype is not torch.complex32 or tensor.layout is not torch.strided:
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
 def _host_sees(tensor: Tensor) -> bool:

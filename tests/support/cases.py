@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from oracle import parameter
+from oracle import parameter, unchanged
 from torch import Tensor
 
 import gradclip_ext
-from gradclip_ext import backends
+from gradclip_ext import _extension, backends
 
 # New inputs at every run. The environment carries the seed to subprocesses and xdist workers.
 SEED = int(os.environ.setdefault("GRADCLIP_EXT_TEST_SEED", str(secrets.randbelow(2**31))))
@@ -109,15 +110,36 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
+# ---------------------------------------------------------------- errors
+
+
+def raises_untouched(
+    error: type[Exception],
+    words: tuple[str, ...],
+    good: list[Tensor],
+    call: Callable[..., Any],
+    *args: Any,
+    what: str = "",
+) -> None:
+    """Assert that the call raises, that its message holds all the words, and that nothing changed."""
+    with unchanged(grads_of(good), what), pytest.raises(error) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert type(caught.value) is error, f"{what}: {caught.value!r}"
+    for word in words:
+        assert re.search(word, message, re.IGNORECASE), f"{what}: no {word!r} in {message!r}"
+
+
 # ---------------------------------------------------------------- backends
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One way to be served: a backend, a device, and how the backend is driven.
+    """What a test runs on: a backend, a device, and how the backend is used.
 
     ``way`` is "" for the ordinary one; "loop" passes foreach=False; "blind" hides the values
-    of CPU tensors from the foreach backend, so that the strategy for accelerators runs without one.
+    of CPU tensors from the foreach backend, so that the strategy for accelerators runs without one;
+    "columns" lets Python read the tensors for the kernels, as under torch < 2.10.
     """
 
     name: str
@@ -185,34 +207,36 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def served(name: str) -> list[Target]:
+def targets_of(name: str) -> list[Target]:
     """Return the targets at which a backend can be tested on this machine."""
-    usable = [d for d in devices() if backends.ALL[name].why_unavailable(torch.device(d)) is None]
-    targets = [Target(name, device) for device in usable]
+    available = [d for d in devices() if backends.ALL[name].why_unavailable(torch.device(d)) is None]
+    targets = [Target(name, device) for device in available]
     if name == "foreach":
         targets += [Target(name, "cpu", "loop"), Target(name, "cpu", "blind")]
+    elif name == "cpu" and targets and _extension.C.CAN_READ:
+        targets.append(Target(name, "cpu", "columns"))
     return targets
 
 
 def targets() -> list[Any]:
-    """Return one parameter per target; a backend that serves nothing here is skipped with the reason."""
+    """Return one parameter per target; a backend that is unavailable here is skipped with the reason."""
     params: list[Any] = []
     for name, backend in backends.ALL.items():
-        found = served(name)
+        found = targets_of(name)
         params += [pytest.param(target, id=str(target), marks=target.marks) for target in found]
         if not found:
             why = "; ".join(f"{d}: {backend.why_unavailable(torch.device(d))}" for d in devices())
             params.append(
-                pytest.param(None, id=name, marks=pytest.mark.skip(reason=f"{name} is unusable: {why}"))
+                pytest.param(None, id=name, marks=pytest.mark.skip(reason=f"{name} is unavailable: {why}"))
             )
     return params
 
 
 def cpu_backends() -> list[Any]:
-    """Return the names of the backends, skipping those that do not serve the CPU, for use in a subprocess."""
+    """Return the names of the backends, skipping those that are not for the CPU, for use in a subprocess."""
     params: list[Any] = []
     for name, backend in backends.ALL.items():
         why = backend.why_unavailable(torch.device("cpu"))
-        skip = [] if why is None else [pytest.mark.skip(reason=f"{name} does not serve the CPU: {why}")]
+        skip = [] if why is None else [pytest.mark.skip(reason=f"{name} is not for the CPU: {why}")]
         params.append(pytest.param(name, id=name, marks=skip))
     return params

@@ -1,4 +1,4 @@
-"""The comparisons of oracle.py must be able to fail: each is handed a small lie."""
+"""The comparisons of oracle.py must be able to fail: each gets results that are slightly wrong."""
 
 from __future__ import annotations
 

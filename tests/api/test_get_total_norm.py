@@ -60,6 +60,25 @@ def test_norm_of_zeros_is_positive(backend: Target, norm_type: float) -> None:
             oracle.assert_same_bits(norm.cpu(), torch.tensor(0.0))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_default_dtype_decides_nothing(backend: Target, norm_type: float, default: torch.dtype) -> None:
+    tensors = [backend.random(300), backend.random(2, 3), backend.random(5)[::2]]
+    tensors[1].zero_()
+    torch.set_default_dtype(default)
+    try:
+        norm = backend.get_total_norm(tensors, norm_type)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    oracle.assert_same_bits(norm, backend.get_total_norm(tensors, norm_type))
+
+
+def test_order_zero_counts_beyond_what_half_types_hold(backend: Target) -> None:
+    """bfloat16 knows no 257: the count is in float32."""
+    tensors = [backend.random(1, dtype=torch.bfloat16) for _ in range(300)]
+    assert backend.get_total_norm(tensors, 0.0).item() == 300.0
+
+
 NOTHING = ([], (), {}.values(), iter([]), (t for t in ()))
 
 

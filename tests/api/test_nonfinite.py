@@ -89,12 +89,14 @@ def test_max_norm_inf_scales_nothing_whatever_the_norm(backend: Target, values: 
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, INF], ids=name_of)
 def test_error_comes_before_any_change(backend: Target, norm_type: float, values: tuple) -> None:
     grads = spoiled(backend, *values)
+    versions = [g._version for g in grads]
     for max_norm in (0.0, 1.0, INF):
         with oracle.unchanged(grads), pytest.raises(RuntimeError) as caught:
             backend.clip_grad_norm_(
                 [parameter(g) for g in grads], max_norm, norm_type, error_if_nonfinite=True
             )
         assert SENTENCE.format(norm_type=norm_type) in str(caught.value)
+        assert all(g._version == v for g, v in zip(grads, versions)), "autograd was told of a change"
 
 
 def test_error_names_the_first_culprit_by_its_place_in_the_list(backend: Target) -> None:

@@ -6,18 +6,20 @@ import functools
 import json
 import math
 import sys
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from cases import Target, clones, cpu_backends, devices, grads_of, name_of, random
 from oracle import parameter
-from subprocesses import TESTS, run_python
+from subprocesses import run_python
 from torch import Tensor
 
 import gradclip_ext
 from gradclip_ext import reference
 
+WORKER = Path(__file__).with_name("large_worker.py")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +35,7 @@ def large(backend: str, device: str, dtype: str) -> dict:
     reason = gradclip_ext.backends.ALL[backend].why_unavailable(torch.device(device))
     if reason is not None:
         pytest.skip(f"{backend} does not serve {device}: {reason}")
-    return json.loads(run_python(str(TESTS / "large_worker.py"), backend, device, dtype, timeout=300))
+    return json.loads(run_python(str(WORKER), backend, device, dtype, timeout=300))
 
 
 @over_large

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import gradclip_ext
 
-TESTS = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parent
+TESTS = SUPPORT.parent
 PACKAGE_ROOT = Path(gradclip_ext.__file__).resolve().parent.parent
 
 
@@ -30,14 +31,14 @@ def run_python(*args: str, timeout: float, **environment: str) -> str:
 
 
 def run_with_triton(*args: object, timeout: float, interpret: bool = False) -> str:
-    """Run Python on the package and this folder's helpers, and return stdout.
+    """Run Python on the package and the tests' helpers, and return stdout.
 
     Whether Triton compiles or interprets is decided by TRITON_INTERPRET when it is imported.
     """
     return run_python(
         *map(str, args),
         timeout=timeout,
-        PYTHONPATH=os.pathsep.join((str(PACKAGE_ROOT), str(TESTS))),
+        PYTHONPATH=os.pathsep.join(map(str, (PACKAGE_ROOT, TESTS, SUPPORT))),
         TRITON_INTERPRET="1" if interpret else "0",
         GRADCLIP_EXT_BACKEND="",
     )

@@ -100,3 +100,17 @@ def test_norm_on_another_device(devices: tuple[str, str]) -> None:
 def test_nothing_to_clip() -> None:
     for empty in ([], (), [torch.nn.Parameter(torch.ones(2))]):
         assert gradclip_ext.clip_grads_with_norm_(empty, 1.0, torch.tensor(2.0)) is None
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_norm_with_one_element_is_a_norm(foreach: bool | None, shape: tuple[int, ...]) -> None:
+    """TransformerEngine and Megatron hand those out; torch takes them with foreach=False only."""
+    value = random().abs() + 2
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        grads = [random(5, dtype=dtype), random(2, 3, dtype=dtype)]
+        before = clones(grads)
+        norm = value.reshape(shape)
+        gradclip_ext.clip_grads_with_norm_([parameter(g) for g in grads], 0.5, norm, foreach)
+        oracle.assert_scaled(grads, before, value, 0.5)
+        assert norm.shape == shape

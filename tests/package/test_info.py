@@ -1,4 +1,4 @@
-"""``python -m gradclip_ext.info``: what is installed, what is usable, and why not."""
+"""``python -m gradclip_ext.info``: what is installed, what is available, and why not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_backend_has_a_line_with_a_verdict() -> None:
     for name, backend in backends.ALL.items():
         (line,) = [entry for entry in lines if entry.split()[:2] == [name, "cpu"]]
         reason = backend.why_unavailable(torch.device("cpu"))
-        assert ("usable" in line and "no:" not in line) if reason is None else reason in line
+        assert ("available" in line and "no:" not in line) if reason is None else reason in line
 
 
 def test_report_names_the_machine() -> None:

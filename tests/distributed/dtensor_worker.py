@@ -1,4 +1,4 @@
-"""Run by test_subclass.py, once per rank: every function on DTensor gradients, ours beside torch's own.
+"""Run by test_dtensor.py, once per rank: every function on DTensor gradients, ours beside torch's own.
 
 python dtensor_worker.py RANK WORLD_SIZE INIT_FILE SEED
 """

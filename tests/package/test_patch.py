@@ -10,6 +10,7 @@ import torch
 import torch.nn.utils.clip_grad
 from cases import clones, grads_of, parameters, random
 from oracle import parameter
+from subprocesses import run_python
 
 import gradclip_ext
 from gradclip_ext import patch_torch, unpatch_torch
@@ -166,3 +167,45 @@ def test_whole_api_while_patched() -> None:
             fake.grad = torch.ones(3)
             assert torch.nn.utils.clip_grad_norm_(fake, 1.0).shape == ()
             torch.nn.utils.clip_grad_value_(fake, 1.0)
+
+
+def test_unpatch_inside_with_inside_a_lasting_patch() -> None:
+    patch_torch()
+    with patch_torch():
+        unpatch_torch()
+        assert not patched()
+    assert patched()
+    unpatch_torch()
+    assert not patched()
+
+
+RELOAD_SCRIPT = """
+import importlib, sys
+import torch, gradclip_ext
+from torch.testing._internal.two_tensor import TwoTensor
+
+own = {name: getattr(torch.nn.utils, name) for name in sys.argv[2:]}
+gradclip_ext.patch_torch()
+if sys.argv[1] == "reload":
+    for name in [n for n in sys.modules if n.startswith("gradclip_ext.") and sys.modules[n] is not None]:
+        if name.rpartition(".")[2] in ("_torch_functions", "clip", "patch"):
+            importlib.reload(sys.modules[name])
+    importlib.reload(gradclip_ext)
+else:  # another library wraps what it finds, and that is ours
+    found = torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = lambda *a, **k: found(*a, **k)
+
+value = torch.tensor([6.0, 8.0])
+param = torch.nn.Parameter(TwoTensor(torch.zeros(2), torch.zeros(2)))
+param.grad = TwoTensor(value.clone(), value.clone())
+norm = torch.nn.utils.clip_grad_norm_([param], 5.0)
+assert abs(norm.a.item() - 10) < 1e-5 and torch.allclose(param.grad.a, value / 2), (norm, param.grad)
+gradclip_ext.unpatch_torch()
+assert all(getattr(torch.nn.utils, name) is function for name, function in own.items())
+"""
+
+
+@pytest.mark.parametrize("what", ["reload", "wrap"])
+def test_a_tensor_subclass_never_recurses_into_the_patch(what: str) -> None:
+    """Such tensors go to torch's own functions, wherever the patch and others have put theirs."""
+    run_python("-c", RELOAD_SCRIPT, what, *NAMES, timeout=60)

@@ -1,0 +1,59 @@
+"""How the foreach backend groups tensors where the host sees no values."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from cases import clones, random
+from oracle import parameter
+
+import gradclip_ext
+from gradclip_ext.backends import base, foreach
+
+
+@pytest.mark.parametrize(
+    "ranges, shared",
+    [
+        ([(0, 4), (4, 8)], False),
+        ([(0, 5), (4, 8)], True),
+        ([(4, 8), (0, 5)], True),
+        ([(0, 9), (1, 2), (5, 6)], True),
+        ([(0, 0), (0, 4), (4, 4)], False),
+        ([(0, 3)], False),
+    ],
+)
+def test_shared_memory_is_found(ranges: list, shared: bool) -> None:
+    memory = random(9)
+    assert base.share_memory([memory[a:b] for a, b in ranges]) is shared
+
+
+def test_interleaved_slices_share_a_range() -> None:
+    memory = random(8)
+    assert base.share_memory([memory[::2], memory[1::2]])  # cautious: ranges, not elements
+
+
+def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """foreach=False where the host sees nothing: the loop and the strategy for accelerators together."""
+    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    for norm_type in (0.0, 0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
+        grads = [random(6, 4)[::2], random(7), random(5, dtype=torch.complex64), random(), random(0, 2)]
+        before = clones(grads)
+        norm = gradclip_ext.clip_grad_norm_([parameter(g) for g in grads], 0.5, norm_type, foreach=False)
+        oracle.assert_norm(norm, before, norm_type)
+        oracle.assert_scaled(grads, before, norm, 0.5)
+
+
+def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dtype and no gaps per launch; what is irregular goes alone and demotes nobody."""
+    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    a, b = random(3), random(4)
+    half = random(5, dtype=torch.bfloat16)
+    gaps, z = random(6, 2)[:, 0], random(2, dtype=torch.complex64)
+    groups = foreach._batches([a, gaps, half, z, b], True)
+    assert [[id(t) for t in g] for g in groups] == [[id(a), id(b)], [id(half)], [id(gaps)], [id(z)]]
+    assert [len(g) for g in foreach._batches([a, b, half], False)] == [1, 1, 1]
+    overlapping = [a[:2], a[1:], b]
+    assert [len(g) for g in foreach._batches(overlapping, True)] == [1, 1, 1]
