@@ -49,7 +49,7 @@ def available(device: torch.device) -> tuple[dict[str, Implementation], dict[str
     missing = {}
     for backend_name, backend in backends.ALL.items():
         name = f"{OURS}{backend_name}]"
-        reason = backend.unusable(device)
+        reason = backend.why_unavailable(device)
         if reason is None:
             found.append(Implementation(name, False, _functions(gradclip_ext, backend=backend_name)))
         else:
