@@ -49,7 +49,7 @@ _EXAMPLES = """examples:
   python -m benchmarks --quick          the same in under a minute: float32, fewer repeats
   python -m benchmarks --full           all cases, dtypes and implementations
   python -m benchmarks --full --resume  the rest of it, if something ended it
-  python -m benchmarks --check before.json
+  python -m benchmarks --check before.jsonl
   python -m benchmarks --list           what --cases, --dtypes, --ops and --impls accept here
   python -m benchmarks --cases resnet-50 vit-b-16 --dtypes float32 mixed
   python -m benchmarks --cases all --ops get_total_norm clip_grad_norm_:clipped
@@ -123,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<index>. Default: auto")
     note = f"calls of each. Default: what a few seconds allow, {ENOUGH_REPEATS} at least"
     add("--repeats", type=positive, metavar="N", help=note)
-    add("--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>.json")
+    add("--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>.jsonl")
     add("--resume", action="store_true", help="measure only what the results file does not have yet")
     note = "exit with 1 if a case is slower than in FILE beyond its own noise"
     add("--check", type=Path, metavar="FILE", help=note)
@@ -219,7 +219,7 @@ def _implementations(
 
 def _results_path(path: Path | None, device: torch.device) -> Path:
     """Return where the results go, having looked now, not after the work, whether they can go there."""
-    path = path or OUT / f"{machine.file_name(device)}.json"
+    path = path or OUT / f"{machine.file_name(device)}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,17 +1,19 @@
 """``python -m benchmarks.report``: README's numbers and figures, made from the committed results files.
 
-Writes the part of README.md between its two markers, benchmarks/results/README.md with every row,
-and the figures beside the files. A test fails when any of them does not match the files.
+Writes the part of README.md between its two markers, the index benchmarks/results/README.md, and the
+figures beside the files. A test fails when any of them does not match the files.
+``python -m benchmarks.report FILE ...`` prints every row of results files instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import host, plot, training_results
+from benchmarks import host, plot, table, training_results
 from benchmarks.implementations import BASELINE, OURS
 from benchmarks.operations import OPERATIONS
 from benchmarks.results import Record, Results
@@ -21,7 +23,8 @@ README = ROOT / "README.md"
 FOLDER = Path(__file__).parent / "results"
 BEGIN = "<!-- begin: made by python -m benchmarks.report, not by hand -->\n"
 END = "<!-- end: python -m benchmarks.report -->"
-# README shows what most people train in; the table with every row has the rest.
+_DESCRIPTION = "Write README's numbers and figures, and the index of the results, from the committed files."
+# README shows what most people train in; the files have the rest.
 _SHOWN_DTYPES = ("float32", "bfloat16")
 _COLUMNS = {
     "clip_grad_norm_:unclipped": "norm, nothing to clip",
@@ -34,7 +37,9 @@ _COLUMNS = {
 
 def load(folder: Path = FOLDER) -> dict[str, Results]:
     """Return the results files by stem, those of GPUs first."""
-    files = {p.stem: Results.load(p) for p in sorted(folder.glob("*.json")) if not training_results.is_one(p)}
+    files = {
+        p.stem: Results.load(p) for p in sorted(folder.glob("*.jsonl")) if not training_results.is_one(p)
+    }
     return dict(sorted(files.items(), key=lambda item: item[1].machine["gpu"] is None))
 
 
@@ -56,22 +61,23 @@ def readme_block(files: dict[str, Results], folder: Path = FOLDER) -> str:
     return _text(parts)
 
 
-def full_tables(files: dict[str, Results], folder: Path = FOLDER) -> str:
-    """Return benchmarks/results/README.md: every row of every file."""
+def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
+    """Return benchmarks/results/README.md: the machine, the notes and the figures of every file."""
     parts = [
         "# Results",
         "",
-        "Made by `python -m benchmarks.report` from the files beside it, not by hand.",
+        "Made by `python -m benchmarks.report` from the files beside it, not by hand. A file has one JSON",
+        "object per line: the machine, then the records; `python -m benchmarks.report FILE` prints them",
+        "as a table.",
         "",
     ]
     for stem, results in files.items():
-        parts += [f"## {results.title}", "", *_heading(results), "", *_notes(results), ""]
+        parts += [f"## [{results.title}]({stem}.jsonl)", "", *_heading(results), "", *_notes(results), ""]
         parts += [f"![speed-up]({stem}.png)", "", f"![bandwidth]({stem}-bandwidth.png)", ""]
         if results.host:
             parts += [f"![host time]({stem}-host.png)", ""]
         training = folder / training_results.file_name(stem)
         parts += [*_training(training), f"![training]({training.stem}.png)", ""] if training.exists() else []
-        parts += [*_every_row(results), ""]
     return _text(parts)
 
 
@@ -95,14 +101,32 @@ def replaced(text: str, block: str) -> str:
     return f"{before}{begin}{block}{end}{after}"
 
 
-def main() -> int:
-    """Write README.md's block, the full tables and the figures; return the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write README.md's block, the index and the figures, or print files; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=_DESCRIPTION)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="print every row of these files")
+    paths: list[Path] = parser.parse_args(argv).files
+    return _print_rows(paths) if paths else _write()
+
+
+def _print_rows(paths: Sequence[Path]) -> int:
+    for path in paths:
+        try:
+            results = Results.load(path)
+        except ValueError as error:
+            print(f"python -m benchmarks.report: {error}", file=sys.stderr)
+            return 2
+        print(f"{results.title}\n" + "\n".join(table.every_row(results)))
+    return 0
+
+
+def _write() -> int:
     if not plot.available():
         print("python -m benchmarks.report: needs matplotlib (pip install matplotlib)", file=sys.stderr)
         return 2
     files = load()
     README.write_text(replaced(README.read_text(), readme_block(files)))
-    (FOLDER / "README.md").write_text(full_tables(files))
+    (FOLDER / "README.md").write_text(index(files))
     for stem, results in files.items():
         draw(stem, results)
     print(f"README.md, benchmarks/results/README.md and the figures are made from {', '.join(files)}")
@@ -170,21 +194,6 @@ def _notes(results: Results) -> Iterator[str]:
 def _training(path: Path) -> Iterator[str]:
     if path.exists():
         yield training_results.sentence(path)
-
-
-def _every_row(results: Results) -> Iterator[str]:
-    yield "| case | dtype | operation | implementation | time | % of bound | speed-up (p20 to p80) | error |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for r in results.records:
-        time = "" if r.p50_us is None else f"{r.p50_us:,.1f} µs"
-        noise = [_times(s) for s in (r.speedup_p20, r.speedup_p80) if s is not None]
-        speedup = "" if r.speedup_vs_torch is None else _times(r.speedup_vs_torch)
-        speedup += f" ({' to '.join(noise)})" if noise else ""
-        error = "" if r.max_rel_error is None else f"{r.max_rel_error:.1e}"
-        yield (
-            f"| {r.case} | {r.dtype} | {r.op}:{r.state} | {r.impl} | {time} | {_share(r.pct_of_bound)} "
-            f"| {r.problem or speedup} | {error} |"
-        )
 
 
 def _text(lines: Sequence[str]) -> str:

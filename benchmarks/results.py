@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,26 +103,55 @@ class Results:
         Raises:
             ValueError: it cannot be read, or is no results file.
         """
+        lines = read_lines(path)
         try:
-            text: Mapping[str, Any] = json.loads(path.read_text())
+            (machine,) = lines.get("machine", ())
             return cls(
-                dict(text["machine"]),
-                [Record(**record) for record in text["records"]],
-                [HostTime(**host) for host in text.get("host", ())],
-                [Skipped(**skipped) for skipped in text.get("skipped", ())],
+                machine,
+                [Record(**fields) for fields in lines.get("record", ())],
+                [HostTime(**fields) for fields in lines.get("host", ())],
+                [Skipped(**fields) for fields in lines.get("skipped", ())],
             )
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a results file of python -m benchmarks: {error!r}") from error
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all, so that a run that is killed leaves the previous one."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(part, path)
+        """Write the file, see write_lines."""
+        lines: list[tuple[str, Mapping[str, Any]]] = [("machine", self.machine)]
+        for kind, items in (("record", self.records), ("host", self.host), ("skipped", self.skipped)):
+            lines += [(kind, asdict(item)) for item in items]
+        write_lines(path, lines)
 
     @property
     def title(self) -> str:
         """The device and the torch version."""
         return f"{self.machine['gpu'] or self.machine['cpu']}, torch {self.machine['torch']}"
+
+
+def write_lines(path: Path, lines: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Write one JSON object per line, which begins with its kind.
+
+    The file is written whole or not at all, so that a run that is killed leaves the previous one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps({"kind": kind, **fields}) + "\n" for kind, fields in lines))
+    os.replace(part, path)
+
+
+def read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the objects of a file that write_lines has written, by kind.
+
+    Raises:
+        ValueError: it cannot be read, or was written by something else.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for line in path.read_text().splitlines():
+            fields = json.loads(line)
+            found.setdefault(fields.pop("kind"), []).append(fields)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a results file of python -m benchmarks: {error!r}") from error
+    return found

@@ -109,9 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda. Default: auto")
     add("--threads", type=positive, default=1, help="CPU threads; so small a model gains little. Default: 1")
     add("--seed", type=int, default=0, help="of weights and batches. Default: %(default)s")
-    add(
-        "--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>-train.json"
-    )
+    note = "default: benchmarks/out/<device>-torch<version>-train.jsonl"
+    add("--json", type=Path, metavar="FILE", help=note)
     settings = parser.parse_args(argv)
     if not settings.max_norm >= 0.0:
         parser.error(f"--max-norm must be 0 or more, got {settings.max_norm}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+
+from benchmarks.results import read_lines, write_lines
 
 _SUFFIX = "-train"
 # Rows of the table, and stretches of steps over which losses are compared.
@@ -86,22 +87,24 @@ class Training:
         return [abs(ours - theirs) for ours, theirs in means]
 
     def save(self, path: Path) -> None:
-        """Write the file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=None) + "\n")
+        """Write the file: the machine, what was trained, then a line per run."""
+        fields = asdict(self)
+        machine, clipped, unclipped = (fields.pop(name) for name in ("machine", "clipped", "unclipped"))
+        runs = [("clipped", run) for run in clipped]
+        write_lines(path, [("machine", machine), ("training", fields), *runs, ("unclipped", unclipped)])
 
     @classmethod
     def load(cls, path: Path) -> Training:
         """Read a file that save has written."""
-        text = json.loads(path.read_text())
-        text["clipped"] = [RunResults(**run) for run in text["clipped"]]
-        text["unclipped"] = RunResults(**text["unclipped"])
-        return cls(**text)
+        lines = read_lines(path)
+        (machine,), (fields,), (unclipped,) = (lines[kind] for kind in ("machine", "training", "unclipped"))
+        clipped = [RunResults(**run) for run in lines["clipped"]]
+        return cls(machine=machine, **fields, clipped=clipped, unclipped=RunResults(**unclipped))
 
 
 def file_name(stem: str) -> str:
     """Return the name of the training file that belongs to a results file."""
-    return f"{stem}{_SUFFIX}.json"
+    return f"{stem}{_SUFFIX}.jsonl"
 
 
 def is_one(path: Path) -> bool:

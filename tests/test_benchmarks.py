@@ -238,22 +238,26 @@ def test_a_mixed_list_is_mixed() -> None:
 
 
 def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "3"]
     assert program.main([*chosen, "--ops", "clip_grad_norm_", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    lines = (table.HEADER + printed.partition(table.HEADER)[2].partition("memory ")[0]).splitlines()
-    assert max(map(len, lines)) <= 100
+    rows = (table.HEADER + printed.partition(table.HEADER)[2].partition("memory ")[0]).splitlines()
+    assert max(map(len, rows)) <= 100
     assert "1.00x" in printed
     text = path.read_text()
-    results = json.loads(text)
-    assert list(results) == ["machine", "records", "host", "skipped"]
-    assert list(results["machine"]) == MACHINE_FIELDS
-    assert len(results["records"]) == 2 * len(available(CPU)[0]) - 2
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [next(iter(line)) for line in lines] == ["kind"] * len(lines)
+    kinds = [line.pop("kind") for line in lines]
+    results = {kind: [line for k, line in zip(kinds, lines) if k == kind] for kind in kinds}
+    assert list(results) == ["machine", "record", "host"]
+    (block,) = results["machine"]
+    assert list(block) == MACHINE_FIELDS
+    assert len(results["record"]) == 2 * len(available(CPU)[0]) - 2
     assert {h["tensors"] for h in results["host"]} == set(host.COUNTS)
     for suffix in ("", "-bandwidth", "-host"):
         assert (tmp_path / f"results{suffix}.png").exists() == plot.available()
-    for record in results["records"]:
+    for record in results["record"]:
         assert list(record) == RECORD_FIELDS
         assert record["ok"]
         assert record["repeats"] == 3
@@ -262,7 +266,7 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert record["bytes"] == 4 * record["numel"] == 512_000
         share = 100 * record["bound_us"] / record["p50_us"]
         assert record["pct_of_bound"] == pytest.approx(share, rel=0.01, abs=0.01)  # it has two decimals
-    assert results["machine"]["read_gbps"] > 0 and results["machine"]["inplace_gbps"] > 0
+    assert block["read_gbps"] > 0 and block["inplace_gbps"] > 0
     assert str(tmp_path) not in text
     assert str(Path(__file__).parents[1]) not in text
     assert socket.gethostname() not in text
@@ -308,7 +312,7 @@ def test_too_little_memory_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda device: 10**9)
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     chosen = ["--device", "cpu", "--cases", "gpt2-124m", "--dtypes", "float32", "--json", str(path)]
     assert program.main(chosen) == 1
     printed = capsys.readouterr()
@@ -325,7 +329,7 @@ def test_interrupt_keeps_what_was_measured(
         yield next(measure_case(*arguments))
         raise KeyboardInterrupt
 
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "1"]
     chosen += ["--impls", "foreach", "--ops", "get_total_norm", "clip_grad_value_", "--json", str(path)]
     with monkeypatch.context() as patch:
@@ -344,7 +348,7 @@ def test_interrupt_keeps_what_was_measured(
 
 
 def test_a_killed_run_leaves_the_last_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     Results({"cpu": "first"}).save(path)
     monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -355,7 +359,7 @@ def test_a_killed_run_leaves_the_last_whole_file(tmp_path: Path, monkeypatch: py
 def test_results_of_another_machine_are_not_resumed_or_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     Results({**machine.describe(CPU), "cpu": "Another"}).save(path)
     assert program.main(["--device", "cpu", "--check", str(path)]) == 2
     assert program.main(["--device", "cpu", "--json", str(path), "--resume"]) == 2

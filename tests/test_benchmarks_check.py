@@ -54,7 +54,7 @@ def test_every_case_is_judged_by_its_own_noise(changes: dict[str, Any], count: i
 def test_a_planted_slowdown_fails_if_it_lasts(
     lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = tmp_path / "before.json"
+    before = tmp_path / "before.jsonl"
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--impls", "foreach"]
     chosen += ["--ops", "get_total_norm", "--repeats", "10"]
     assert program.main([*chosen, "--json", str(before)]) == 0
@@ -77,7 +77,7 @@ def test_a_planted_slowdown_fails_if_it_lasts(
 
     monkeypatch.setattr(implementations, "available", planted)
     monkeypatch.setattr(suite, "Workload", counted)
-    after = ["--json", str(tmp_path / "after.json")]
+    after = ["--json", str(tmp_path / "after.jsonl")]
     assert program.main([*chosen, *after, "--check", str(before)]) == int(lasting)
     printed = capsys.readouterr()
     line = "SLOWER OR WRONG: 2000x64 float32 get_total_norm:unclipped gradclip_ext[foreach]:"
@@ -87,7 +87,7 @@ def test_a_planted_slowdown_fails_if_it_lasts(
 
 
 def test_a_file_without_noise_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     Results(machine.describe(CPU), [replace(RECORD, speedup_p20=None)]).save(path)
     assert program.main(["--device", "cpu", "--check", str(path)]) == 2
     assert "it holds no noise to judge by" in capsys.readouterr().err

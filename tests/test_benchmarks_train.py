@@ -21,7 +21,7 @@ SHORT = ["--device", "cpu", "--steps", "6", "--batch", "2"]
 
 
 def test_training_agrees_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "cpu-train.json"
+    path = tmp_path / "cpu-train.jsonl"
     assert train.main([*SHORT, "--accumulate", "2", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "The curves agree" in printed
@@ -97,7 +97,7 @@ def test_interrupted_training_keeps_its_steps(
         step(run, texts)
 
     monkeypatch.setattr(training.Run, "step", interrupted)
-    path = tmp_path / "train.json"
+    path = tmp_path / "train.jsonl"
     assert train.main([*SHORT, "--json", str(path)]) == 130
     assert "Interrupted" in capsys.readouterr().out
     assert Training.load(path).steps == 10 // (len(train.clips(torch.device("cpu"))) + 1)
