@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, host, machine, plot, suite, table
-from benchmarks.command_line import Plan, Unusable, parse, plan
+from benchmarks import machine, measure, plot, report, results
+from benchmarks.cases import CASES, DTYPES, OPERATIONS, Case, Operation, gradient_bytes
+from benchmarks.contenders import is_ours
 from benchmarks.machine import BandwidthMeter
-from benchmarks.operations import OPERATIONS
-from benchmarks.progress import Progress
+from benchmarks.measure import Settings
+from benchmarks.plan import Plan, UsageError, parse, plan
+from benchmarks.report import Progress
 from benchmarks.results import Record, Results, Skipped
-from benchmarks.shapes import CASES
-from benchmarks.suite import Settings
-from benchmarks.workload import DTYPES, gradient_bytes
 
 # Of the progress bar: host times take about as long as an operation on 800 MB of gradients.
 _HOST_WEIGHT = 5.0
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         chosen = plan(arguments)
-    except Unusable as error:
+    except UsageError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
     if arguments.list:
@@ -54,19 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
         kept = len(run.results.records)
-        said = f"the {kept} rows measured so far are kept" if kept else "nothing was measured yet"
-        print(f"\nInterrupted: {said}; --resume goes on from there.")
-    results = run.results
-    if results.records:
+        message = f"the {kept} rows measured so far are kept" if kept else "nothing was measured yet"
+        print(f"\nInterrupted: {message}; --resume goes on from there.")
+    records = run.results.records
+    if records:
         run.save()
-        _print_outcome(results, chosen.path)
+        _print_outcome(run.results, chosen.path)
     if interrupted:
         return 130
-    ours_wrong = any(
-        not r.ok for r in results.records if r.impl in chosen.found and not chosen.found[r.impl].peer
-    )
+    ours_wrong = any(not r.ok for r in records if is_ours(r.impl))
     slower = chosen.before is not None and _print_check(run, chosen.before)
-    return 1 if ours_wrong or slower or not results.records else 0
+    return 1 if ours_wrong or slower or not records else 0
 
 
 class Run:
@@ -90,53 +87,66 @@ class Run:
 
     def measure(self) -> None:
         """Measure and print case by case, and save after each."""
-        plan, meter = self._plan, self._meter
-        settings = Settings(plan.device, meter.measure, plan.repeats, plan.extent.seconds)
-        done = {(r.case, r.dtype, r.op, r.state) for r in self.results.records}
-        left = {
-            (case, dtype): [o for o in plan.operations if (case.name, dtype, o.name, o.state) not in done]
-            for case, dtype in plan.pairs
-        }
-        left = {pair: operations for pair, operations in left.items() if operations}
-        # A fixed part for the repeats and one that grows with the bytes: good enough to foresee the end.
+        left = self._left()
+        # A fixed part for the repeats and one that grows with the bytes: enough to estimate the end.
         weights = {pair: 1.0 + gradient_bytes(*pair) / 200e6 for pair in left}
         total = sum(weights[pair] * len(operations) for pair, operations in left.items())
         with Progress(total + (0.0 if self.results.host else _HOST_WEIGHT)) as progress:
             if not self.results.host:
                 self._measure_host(progress)
                 progress.advance(_HOST_WEIGHT)
-            progress.write(f"\n{table.HEADER}")
-            for (case, dtype), operations in left.items():
-                progress.label(f"{case.name} {dtype}")
-                progress.write(f"\n{table.case_title(case, dtype, plan.device)}")
-                try:
-                    for records in suite.measure_case(case, dtype, operations, plan.chosen, settings):
-                        self.results.records += records
-                        progress.write("\n".join(table.rows(records)))
-                        progress.advance(weights[case, dtype])
-                except torch.OutOfMemoryError:
-                    progress.write("Out of memory: the rest of this case is skipped.")
-                    self.results.skipped.append(Skipped(case.name, dtype, "out of memory"))
+            progress.write(f"\n{report.HEADER}")
+            for pair, operations in left.items():
+                self._measure_pair(pair, operations, weights[pair], progress)
                 self.save()
-        print(f"\n{table.EXPLANATION}")
+        print(f"\n{report.EXPLANATION}")
+
+    def _left(self) -> dict[tuple[Case, str], list[Operation]]:
+        """Return the operations that the results do not have yet, by case and dtype."""
+        done = {(r.case, r.dtype, r.op, r.state) for r in self.results.records}
+        left = {
+            (case, dtype): [
+                o for o in self._plan.operations if (case.name, dtype, o.name, o.state) not in done
+            ]
+            for case, dtype in self._plan.pairs
+        }
+        return {pair: operations for pair, operations in left.items() if operations}
+
+    def _measure_pair(
+        self, pair: tuple[Case, str], operations: Sequence[Operation], weight: float, progress: Progress
+    ) -> None:
+        case, dtype = pair
+        progress.label(f"{case.name} {dtype}")
+        progress.write(f"\n{report.case_title(case, dtype, self._plan.device)}")
+        try:
+            for records in self._records(case, dtype, operations):
+                self.results.records += records
+                progress.write("\n".join(report.rows(records)))
+                progress.advance(weight)
+        except torch.OutOfMemoryError:
+            progress.write("Out of memory: the rest of this case is skipped.")
+            self.results.skipped.append(Skipped(case.name, dtype, "out of memory"))
+
+    def _records(self, case: Case, dtype: str, operations: Sequence[Operation]) -> Iterator[list[Record]]:
+        plan = self._plan
+        settings = Settings(plan.device, self._meter.measure, plan.repeats, plan.extent.seconds)
+        return measure.measure_case(case, dtype, operations, plan.chosen, settings)
 
     def regressions(self, before: Results) -> list[str]:
         """Return a sentence for every record that is worse than ``before``, each time it is measured."""
-        found = check.regressions(self.results.records, before)
+        found = results.regressions(self.results.records, before)
         for _ in range(_CONFIRMATIONS):
             if found:
                 print(f"\n{len(found)} rows look worse than before and are measured again", flush=True)
-            again = check.regressions(self._again({key[:4] for key in found}), before)
+            again = results.regressions(self._again({key[:4] for key in found}), before)
             found = {key: again[key] for key in found if key in again}
         return list(found.values())
 
     def _again(self, keys: set[tuple[str, str, str, str]]) -> Iterator[Record]:
-        plan = self._plan
-        settings = Settings(plan.device, self._meter.measure, plan.repeats, plan.extent.seconds)
-        for case, dtype in plan.pairs:
-            operations = [o for o in plan.operations if (case.name, dtype, o.name, o.state) in keys]
+        for case, dtype in self._plan.pairs:
+            operations = [o for o in self._plan.operations if (case.name, dtype, o.name, o.state) in keys]
             if operations:
-                for records in suite.measure_case(case, dtype, operations, plan.chosen, settings):
+                for records in self._records(case, dtype, operations):
                     yield from records
 
     def save(self) -> None:
@@ -149,14 +159,14 @@ class Run:
     def _measure_host(self, progress: Progress) -> None:
         progress.label("host time")
         found = []
-        for times in host.measure(self._plan.chosen, self._plan.device, self._plan.extent.host_rounds):
+        for times in measure.host_times(self._plan.chosen, self._plan.device, self._plan.extent.host_rounds):
             found += times
         self.results.host = found
-        progress.write("\n" + "\n".join(table.host_rows(found)))
+        progress.write("\n" + "\n".join(report.host_rows(found)))
 
 
-def _print_outcome(results: Results, path: Path) -> None:
-    block = results.machine
+def _print_outcome(measured: Results, path: Path) -> None:
+    block = measured.machine
     print(
         f"\nmemory   reads {block['read_gbps']:.1f} GB/s, reads and writes {block['inplace_gbps']:.1f} GB/s: "
         "the median of the run;\n         a bound is made from what was measured right before"
@@ -165,7 +175,7 @@ def _print_outcome(results: Results, path: Path) -> None:
     if not plot.available():
         print("plots    none: matplotlib is not installed (pip install matplotlib)")
         return
-    for picture in plot.draw_all(results, path):
+    for picture in plot.draw_all(measured, path):
         print(f"plot     {os.path.relpath(picture)}")
 
 
@@ -174,7 +184,7 @@ def _print_check(run: Run, before: Results) -> bool:
     problems = run.regressions(before)
     for problem in problems:
         print(f"SLOWER OR WRONG: {problem}", file=sys.stderr)
-    count = check.compared(run.results, before)
+    count = results.compared(run.results, before)
     print(f"check    {count} rows compared, {len(problems)} worse than their noise allows")
     return bool(problems)
 

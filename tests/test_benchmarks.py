@@ -17,15 +17,21 @@ from torch import Tensor
 
 import gradclip_ext
 from benchmarks import __main__ as program
-from benchmarks import host, machine, plot, suite, table
-from benchmarks.implementations import BASELINE, Implementation, available
+from benchmarks import machine, measure, plot, report
+from benchmarks.cases import (
+    CASES,
+    DTYPES,
+    OPERATIONS,
+    Case,
+    Operation,
+    Workload,
+    dtypes_of,
+    why_not_measurable,
+)
+from benchmarks.contenders import BASELINE, Implementation, available
 from benchmarks.machine import Bandwidths
-from benchmarks.operations import OPERATIONS, Operation
+from benchmarks.measure import Settings, Timing, percentile
 from benchmarks.results import Record, Results
-from benchmarks.shapes import CASES, Case
-from benchmarks.suite import Settings
-from benchmarks.timing import Timing, percentile
-from benchmarks.workload import DTYPES, Workload, dtypes_of, obstacle
 
 CPU = torch.device("cpu")
 SMALL = Case("small", "made up for the tests", ((300, 70), (128,), (7, 5)))
@@ -76,8 +82,8 @@ MACHINE_FIELDS = [
 @pytest.fixture(autouse=True)
 def small_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small work waits for other processes when it is shared among threads; large takes long."""
-    monkeypatch.setattr(host, "COUNTS", (1, 300))
-    monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(measure, "HOST_COUNTS", (1, 300))
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(machine, "_BANDWIDTH_REPEATS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +96,7 @@ def measured(
 ) -> list[list[Record]]:
     settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=3, seconds=0.0)
     implementations = [*available(CPU)[0].values(), *([extra] if extra else [])]
-    return list(suite.measure_case(SMALL, dtype, operations, implementations, settings))
+    return list(measure.measure_case(SMALL, dtype, operations, implementations, settings))
 
 
 # ---------------------------------------------------------------- the gate
@@ -162,24 +168,24 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_wrong_implementation_gets_no_speedup(fault: str, dtype: str) -> None:
     name, function = PLANTED[fault]
-    wrong = Implementation("wrong", False, {name: function})
+    wrong = Implementation("gradclip_ext[wrong]", {name: function})
     clipped = tuple(o for o in OPERATIONS if o.name == name)[-1]
     (records,) = measured(dtype, wrong, (clipped,))
     record = records[-1]
-    assert (record.impl, record.ok) == ("wrong", False)
+    assert (record.impl, record.ok) == ("gradclip_ext[wrong]", False)
     assert record.p50_us is record.speedup_vs_torch is record.gbps is record.pct_of_bound is None
     assert all(r.ok and r.speedup_vs_torch for r in records[:-1])
-    *_, row, reason = table.rows(records)
+    *_, row, reason = report.rows(records)
     assert "x " not in row
     assert f"NOT OK: {record.problem}" in reason
 
 
 def test_a_wrong_torch_is_timed_but_gets_no_speedup() -> None:
     (operation,) = (o for o in OPERATIONS if o.name == "get_total_norm")
-    wrong = Implementation(BASELINE, True, {"get_total_norm": lambda tensors: torch.tensor(1.0)})
+    wrong = Implementation(BASELINE, {"get_total_norm": lambda tensors: torch.tensor(1.0)})
     ours = available(CPU)[0]["gradclip_ext[foreach]"]
     settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=3, seconds=0.0)
-    ((first, second),) = suite.measure_case(SMALL, "float32", [operation], [wrong, ours], settings)
+    ((first, second),) = measure.measure_case(SMALL, "float32", [operation], [wrong, ours], settings)
     assert not first.ok
     assert first.p50_us
     assert first.speedup_vs_torch is None
@@ -199,8 +205,8 @@ def test_gradients_are_pristine_again_after_every_operation() -> None:
 
 
 def test_speedups_are_those_of_pairs() -> None:
-    slow = Timing([10.0, 30.0, 90.0], None, None, None)
-    fast = Timing([5.0, 10.0, 90.0], None, None, None)
+    slow = Timing([10.0, 30.0, 90.0])
+    fast = Timing([5.0, 10.0, 90.0])
     assert fast.ratios_to(slow) == [2.0, 3.0, 1.0]
     assert percentile(fast.ratios_to(slow), 50) == 2.0
     assert percentile(slow.us, 20) == pytest.approx(18.0)
@@ -231,7 +237,10 @@ def test_a_mixed_list_is_mixed() -> None:
     assert dtypes_of(alike, "mixed") == [torch.bfloat16, torch.float32]
     for case in CASES.values():
         mixed = set(dtypes_of(case, "mixed"))
-        assert len(mixed) == 2 or obstacle(case, "mixed", 1, None) == "a single tensor has a single dtype"
+        assert (
+            len(mixed) == 2
+            or why_not_measurable(case, "mixed", 1, None) == "a single tensor has a single dtype"
+        )
 
 
 # ---------------------------------------------------------------- the command line
@@ -242,7 +251,7 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "3"]
     assert program.main([*chosen, "--ops", "clip_grad_norm_", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    rows = (table.HEADER + printed.partition(table.HEADER)[2].partition("memory ")[0]).splitlines()
+    rows = (report.HEADER + printed.partition(report.HEADER)[2].partition("memory ")[0]).splitlines()
     assert max(map(len, rows)) <= 100
     assert "1.00x" in printed
     text = path.read_text()
@@ -254,7 +263,7 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (block,) = results["machine"]
     assert list(block) == MACHINE_FIELDS
     assert len(results["record"]) == 2 * len(available(CPU)[0]) - 2
-    assert {h["tensors"] for h in results["host"]} == set(host.COUNTS)
+    assert {h["tensors"] for h in results["host"]} == set(measure.HOST_COUNTS)
     for suffix in ("", "-bandwidth", "-host"):
         assert (tmp_path / f"results{suffix}.png").exists() == plot.available()
     for record in results["record"]:
@@ -323,7 +332,7 @@ def test_too_little_memory_is_said(
 def test_interrupt_keeps_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    measure_case = suite.measure_case
+    measure_case = measure.measure_case
 
     def interrupted(*arguments: Any) -> Iterator[list[Record]]:
         yield next(measure_case(*arguments))
@@ -333,13 +342,13 @@ def test_interrupt_keeps_what_was_measured(
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "1"]
     chosen += ["--impls", "foreach", "--ops", "get_total_norm", "clip_grad_value_", "--json", str(path)]
     with monkeypatch.context() as patch:
-        patch.setattr(suite, "measure_case", interrupted)
+        patch.setattr(measure, "measure_case", interrupted)
         assert program.main(chosen) == 130
     assert "Interrupted: the 2 rows measured so far are kept" in capsys.readouterr().out
     first = Results.load(path)
     assert [r.impl for r in first.records] == [BASELINE, "gradclip_ext[foreach]"]
 
-    monkeypatch.setattr(host, "measure", None)  # what the file has is not measured again
+    monkeypatch.setattr(measure, "host_times", None)  # what the file has is not measured again
     assert program.main([*chosen, "--resume"]) == 0
     resumed = Results.load(path)
     assert len(resumed.records) == 6

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import gradclip_ext
 from benchmarks import __main__ as program
-from benchmarks import check, command_line, host, implementations, machine, suite, table
-from benchmarks.implementations import Implementation, available
+from benchmarks import contenders, machine, measure, plan, report, results
+from benchmarks.cases import DTYPES, Case, Workload
+from benchmarks.contenders import Implementation, available
 from benchmarks.results import HostTime, Record, Results
-from benchmarks.workload import DTYPES, Workload
 
 CPU = torch.device("cpu")
 RECORD = Record(
@@ -28,8 +28,8 @@ RECORD = Record(
 @pytest.fixture(autouse=True)
 def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand tensors, or enough copies to exceed a real cache, take seconds."""
-    monkeypatch.setattr(host, "COUNTS", (1, 300))
-    monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(measure, "HOST_COUNTS", (1, 300))
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(machine, "_BANDWIDTH_REPEATS", 1)
 
 
@@ -47,7 +47,7 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_case_is_judged_by_its_own_noise(changes: dict[str, Any], count: int) -> None:
     fine = [replace(RECORD, dtype=dtype) for dtype in DTYPES[1:]]  # no help to the one that is not
     now, before = Results({}, [replace(RECORD, **changes), *fine]), Results({}, [RECORD, *fine])
-    assert len(check.regressions(now.records, before)) == count
+    assert len(results.regressions(now.records, before)) == count
 
 
 @pytest.mark.parametrize("lasting", [True, False], ids=["lasting", "passing"])
@@ -71,12 +71,13 @@ def test_a_planted_slowdown_fails_if_it_lasts(
         found[foreach.name] = replace(foreach, functions={**foreach.functions, "get_total_norm": slow})
         return found, missing
 
-    def counted(*arguments: Any) -> Workload:
-        workloads.append(arguments)
-        return Workload(*arguments)
+    def counted(case: Case, *arguments: Any, **options: Any) -> Workload:
+        if case.name != "host":
+            workloads.append(case)
+        return Workload(case, *arguments, **options)
 
-    monkeypatch.setattr(implementations, "available", planted)
-    monkeypatch.setattr(suite, "Workload", counted)
+    monkeypatch.setattr(contenders, "available", planted)
+    monkeypatch.setattr(measure, "Workload", counted)
     after = ["--json", str(tmp_path / "after.jsonl")]
     assert program.main([*chosen, *after, "--check", str(before)]) == int(lasting)
     printed = capsys.readouterr()
@@ -92,12 +93,12 @@ def test_a_file_without_noise_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert program.main(["--device", "cpu", "--check", str(path)]) == 2
     assert "it holds no noise to judge by" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command_line.parse(["--check", str(path), "--repeats", "9"])
+        plan.parse(["--check", str(path), "--repeats", "9"])
 
 
 def test_host_costs_come_from_both_ends() -> None:
     times = [HostTime("a", 300, 20.0), HostTime("a", 10_000, 1960.0), HostTime("b", 300, 5.0)]
-    assert host.costs(times) == {"a": host.Cost(20.0, pytest.approx(0.2))}
+    assert results.host_costs(times) == {"a": results.Cost(20.0, pytest.approx(0.2))}
 
 
 def _norm_too_large(parameters: list[Tensor], max_norm: float) -> Tensor:
@@ -105,8 +106,8 @@ def _norm_too_large(parameters: list[Tensor], max_norm: float) -> Tensor:
 
 
 def test_host_time_of_a_wrong_implementation_is_not_shown() -> None:
-    wrong = Implementation("wrong", False, {"clip_grad_norm_": _norm_too_large})
+    wrong = Implementation("gradclip_ext[wrong]", {"clip_grad_norm_": _norm_too_large})
     right = available(CPU)[0]
-    found = [h for times in host.measure([wrong, *right.values()], CPU, 1) for h in times]
+    found = [h for times in measure.host_times([wrong, *right.values()], CPU, 1) for h in times]
     assert {h.impl for h in found} == set(right)
-    assert max(map(len, table.host_rows(found))) <= 100
+    assert max(map(len, report.host_rows(found))) <= 100

@@ -49,7 +49,7 @@ def test_every_row_of_a_file_is_printed(
     results.save(path)
     assert report.main([str(path)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"gradclip_ext\[cpu\] +14 ms .* 86 % +2.72x +2.50-2.90", printed)
+    assert re.search(r"gradclip_ext\[cpu\] +14 ms .* 86 % +2.72x +2.50x-2.90x", printed)
     assert "NOT OK: the norm is off" in printed
     assert max(map(len, printed.splitlines())) <= 100
     assert report.main([str(tmp_path / "missing.jsonl")]) == 2

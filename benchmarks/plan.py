@@ -10,14 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import check, implementations, machine
-from benchmarks.implementations import BASELINE, Implementation
-from benchmarks.operations import OPERATIONS, Operation
-from benchmarks.options import positive
+from benchmarks import contenders, machine, results
+from benchmarks.cases import CASES, DEFAULT_CASES, DTYPES, OPERATIONS, Case, Operation, why_not_measurable
+from benchmarks.contenders import BASELINE, Implementation
+from benchmarks.measure import ENOUGH_REPEATS
 from benchmarks.results import Results, Skipped
-from benchmarks.shapes import CASES, DEFAULT_CASES, Case
-from benchmarks.timing import ENOUGH_REPEATS
-from benchmarks.workload import DTYPES, obstacle
 
 OUT = Path(__file__).parent / "out"
 
@@ -30,7 +27,7 @@ class Extent:
         cases, dtypes: names.
         loop: whether torch's loop is measured, too.
         seconds: for one operation on one case, if the repeats allow.
-        host_rounds: see host.py.
+        host_rounds: see measure.host_times.
     """
 
     cases: tuple[str, ...]
@@ -62,7 +59,7 @@ names the hardware and the versions, no path, user or host.
 """
 
 
-class Unusable(Exception):
+class UsageError(Exception):
     """What was asked for cannot be measured here; the message says why and what to do."""
 
 
@@ -95,6 +92,14 @@ class Plan:
     path: Path
     before: Results | None
     kept: Results | None
+
+
+def positive(text: str) -> int:
+    """Return ``text`` as an integer of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -137,24 +142,24 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """Return the plan for the options.
 
     Raises:
-        Unusable: they name something that does not exist here.
+        UsageError: they name something that does not exist here.
     """
     extent: Extent = arguments.extent
     device = _device(arguments.device)
-    found, missing = implementations.available(device)
+    found, missing = contenders.available(device)
     cases = [CASES[name] for name in _chosen("case", arguments.cases or extent.cases, list(CASES))]
     dtypes = _chosen("dtype", arguments.dtypes or extent.dtypes, DTYPES)
     path = _results_path(arguments.json, device)
     # Looked at once, before anything is allocated: later, torch's allocators keep what they have.
     cache, free = machine.cache_bytes(device), machine.free_bytes(device)
-    obstacles = {(c.name, d): obstacle(c, d, cache, free) for c in cases for d in dtypes}
+    reasons = {(c, d): why_not_measurable(c, d, cache, free) for c in cases for d in dtypes}
     return Plan(
         device=device,
         found=found,
         missing=missing,
         chosen=_implementations(arguments.impls, extent, found, missing),
-        pairs=[(c, d) for c in cases for d in dtypes if obstacles[c.name, d] is None],
-        skipped=[Skipped(c, d, reason) for (c, d), reason in obstacles.items() if reason is not None],
+        pairs=[pair for pair, reason in reasons.items() if reason is None],
+        skipped=[Skipped(c.name, d, reason) for (c, d), reason in reasons.items() if reason is not None],
         operations=_operations(arguments.ops),
         repeats=arguments.repeats,
         extent=extent,
@@ -170,18 +175,18 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise Unusable(f"there is no device {name!r}: use auto, cpu, cuda or cuda:<index>") from None
+        raise UsageError(f"there is no device {name!r}: use auto, cpu, cuda or cuda:<index>") from None
     if device.type not in ("cpu", "cuda"):
-        raise Unusable(f"--device {name}: only cpu and cuda are measured so far")
+        raise UsageError(f"--device {name}: only cpu and cuda are measured so far")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise Unusable(
+            raise UsageError(
                 f"--device {name}: no GPU was found. Is this a CUDA build of torch (here: "
                 f"{torch.__version__})? Use --device cpu to measure the CPU"
             )
         count, index = torch.cuda.device_count(), device.index or 0
         if index >= count:
-            raise Unusable(f"--device {name}: there are {count} GPUs, the last one is cuda:{count - 1}")
+            raise UsageError(f"--device {name}: there are {count} GPUs, the last one is cuda:{count - 1}")
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)
     return device
@@ -192,7 +197,7 @@ def _chosen(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
     wanted = set(known) if "all" in names else set(names)
     unknown = wanted - set(known)
     if unknown:
-        raise Unusable(f"unknown {kind} {', '.join(sorted(unknown))}; there are: {', '.join(known)}, all")
+        raise UsageError(f"unknown {kind} {', '.join(sorted(unknown))}; there are: {', '.join(known)}, all")
     return [name for name in known if name in wanted]
 
 
@@ -209,11 +214,11 @@ def _implementations(
 ) -> list[Implementation]:
     """Return the chosen implementations; torch.nn.utils always, because ratios need it."""
     if names is None:
-        return [found[name] for name in (found if extent.loop else implementations.default_names(found))]
-    full = [implementations.full_name(name) for name in names]
+        return [found[name] for name in (found if extent.loop else contenders.default_names(found))]
+    full = [contenders.full_name(name) for name in names]
     for name in full:
         if name in missing:
-            raise Unusable(f"{name} cannot be measured here: {missing[name]}")
+            raise UsageError(f"{name} cannot be measured here: {missing[name]}")
     return [found[name] for name in _chosen("implementation", [BASELINE, *full], list(found))]
 
 
@@ -223,32 +228,32 @@ def _results_path(path: Path | None, device: torch.device) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unusable(f"--json {path} cannot be written: {error.strerror}") from None
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Unusable(f"--json {path} cannot be written: it is a folder, or write-protected")
+        raise UsageError(f"--json {path} cannot be written: it is a folder, or write-protected")
     return path
 
 
 def _before(path: Path | None, device: torch.device) -> Results | None:
     if path is None:
         return None
-    results = _read("--check", path, device, check.SAME_MACHINE)
-    if not check.has_noise(results):
-        raise Unusable(f"--check {path}: it holds no noise to judge by (speedup_p20): measure it again")
-    return results
+    before = _read("--check", path, device, results.SAME_MACHINE)
+    if not results.has_noise(before):
+        raise UsageError(f"--check {path}: it holds no noise to judge by (speedup_p20): measure it again")
+    return before
 
 
 def _kept(resume: bool, path: Path, device: torch.device) -> Results | None:
-    return _read("--resume", path, device, check.SAME_CODE) if resume and path.exists() else None
+    return _read("--resume", path, device, results.SAME_CODE) if resume and path.exists() else None
 
 
 def _read(option: str, path: Path, device: torch.device, same: Sequence[str]) -> Results:
-    """Return the results in a file, if they were measured here."""
+    """Return the results in a file, if they are comparable with this machine in the fields ``same``."""
     try:
-        results = Results.load(path)
+        read = Results.load(path)
     except ValueError as error:
-        raise Unusable(f"{option}: {error}") from None
-    reason = check.incomparable(Results(machine.describe(device)), results, same)
+        raise UsageError(f"{option}: {error}") from None
+    reason = results.why_incomparable(machine.describe(device), read.machine, same)
     if reason is not None:
-        raise Unusable(f"{option} {path}: {reason}")
-    return results
+        raise UsageError(f"{option} {path}: {reason}")
+    return read
