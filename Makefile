@@ -35,7 +35,7 @@ CUDA_TORCH ?= torch==2.11.0
 CUDA_RUN := $(CURDIR)/.venv-cuda/bin/python
 CUDA_CHECKOUT := build/cuda/checkout
 # benchmarks/ and the build tests use the sources, which are not what is tested there.
-NOT_OF_A_WHEEL := $(addprefix --ignore=tests/test_,build.py examples.py) --ignore-glob='tests/test_benchmarks*'
+NOT_OF_A_WHEEL := --ignore=tests/benchmarks $(addprefix --ignore=tests/test_,build.py examples.py)
 # Too large for an emulator, or about what nvcc and Triton compile, which it does not run.
 NOT_EMULATED := $(NOT_OF_A_WHEEL) $(addprefix --ignore=tests/test_,accuracy.py cuda_build.py \
   cuda_compiled.py cuda_emulated.py triton_compiled.py triton_interpreted.py)

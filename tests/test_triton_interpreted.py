@@ -27,7 +27,7 @@ def test_suite_in_the_interpreter() -> None:
     out = run_with_triton(
         *("-m", "pytest", TESTS, "-c", TESTS.parent / "pyproject.toml"),
         *("-p", "triton_interpreted", "-p", "no:cacheprovider", "-W", "ignore", "-rs"),
-        *("-k", "triton-cpu or test_triton_kernels", "--ignore-glob", "*/test_benchmarks*"),
+        *("-k", "triton-cpu or test_triton_kernels", "--ignore-glob", "*/tests/benchmarks*"),
         timeout=900,
         interpret=True,
     )

@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_case import CPU, SETTINGS, SMALL
 from torch import Tensor
 
 from benchmarks import contenders, measure
-from benchmarks.cases import OPERATIONS, Case
+from benchmarks.cases import OPERATIONS
 from benchmarks.contenders import available
-from benchmarks.machine import Bandwidths
-from benchmarks.measure import Settings
 
-CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # only named: no tensor is made there
-SMALL = Case("small", "made up for the tests", ((30, 70), (128,), (7, 5)))
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
@@ -111,9 +108,7 @@ def test_each_is_called_as_it_wants_to_be(which: str, dtype: str, monkeypatch: p
     assert peer.version != "unknown"
     assert peer.note
     torchs = available(CPU)[0]["torch.nn.utils"]
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 20)
-    settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=1, seconds=0.0)
-    for _, record in measure.measure_case(SMALL, dtype, OPERATIONS, [torchs, peer], settings):
+    for _, record in measure.measure_case(SMALL, dtype, OPERATIONS, [torchs, peer], SETTINGS):
         if record.op in peer.functions:
             assert record.ok, record.problem
         else:  # a row that says so, not a missing row
