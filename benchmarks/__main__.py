@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from benchmarks.cases import CASES, DTYPES, OPERATIONS, Case, Operation, gradien
 from benchmarks.contenders import is_ours
 from benchmarks.machine import BandwidthMeter
 from benchmarks.measure import Settings
-from benchmarks.plan import Plan, UsageError, parse, plan
+from benchmarks.plan import Plan, UsageError, Work, parse, plan
 from benchmarks.report import Progress
 from benchmarks.results import Record, Results, Skipped
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_choices(chosen)
         return 0
     _print_absent(chosen)
-    if not chosen.pairs:
+    if not chosen.work:
         print("Nothing was measured: no case can be.", file=sys.stderr)
         return 1
     run = Run(chosen)
@@ -87,7 +87,8 @@ class Run:
 
     def measure(self) -> None:
         """Measure and print case by case, and save after each."""
-        left = self._left()
+        done = {r.key[:4] for r in self.results.records}
+        left = self._work(lambda key: key not in done)
         # A fixed part for the repeats and one that grows with the bytes: enough to estimate the end.
         weights = {pair: 1.0 + gradient_bytes(*pair) / 200e6 for pair in left}
         total = sum(weights[pair] * len(operations) for pair, operations in left.items())
@@ -101,16 +102,13 @@ class Run:
                 self.save()
         print(f"\n{report.EXPLANATION}")
 
-    def _left(self) -> dict[tuple[Case, str], list[Operation]]:
-        """Return the operations that the results do not have yet, by case and dtype."""
-        done = {(r.case, r.dtype, r.op, r.state) for r in self.results.records}
-        left = {
-            (case, dtype): [
-                o for o in self._plan.operations if (case.name, dtype, o.name, o.state) not in done
-            ]
-            for case, dtype in self._plan.pairs
+    def _work(self, wanted: Callable[[tuple[str, str, str, str]], bool]) -> Work:
+        """Return the part of the plan whose case, dtype, operation and state are wanted."""
+        work = {
+            (case, dtype): [o for o in operations if wanted((case.name, dtype, o.name, o.state))]
+            for (case, dtype), operations in self._plan.work.items()
         }
-        return {pair: operations for pair, operations in left.items() if operations}
+        return {pair: operations for pair, operations in work.items() if operations}
 
     def _measure_pair(
         self, pair: tuple[Case, str], operations: Sequence[Operation], weight: float, progress: Progress
@@ -143,11 +141,9 @@ class Run:
         return list(found.values())
 
     def _again(self, keys: set[tuple[str, str, str, str]]) -> Iterator[Record]:
-        for case, dtype in self._plan.pairs:
-            operations = [o for o in self._plan.operations if (case.name, dtype, o.name, o.state) in keys]
-            if operations:
-                for records in self._records(case, dtype, operations):
-                    yield from records
+        for (case, dtype), operations in self._work(keys.__contains__).items():
+            for records in self._records(case, dtype, operations):
+                yield from records
 
     def save(self) -> None:
         """Write the file."""

@@ -139,6 +139,10 @@ CLIP_VALUES = {"unclipped": 1.0, "clipped": 2.0**-17}
 MAX_NORM_FACTORS = {"unclipped": 2.0, "clipped": 0.6}
 
 
+# What the ``op`` of a record ends with if AdamW's step follows.
+STEP = "+adamw"
+
+
 @dataclass(frozen=True)
 class Operation:
     """One public function in one state.
@@ -148,6 +152,8 @@ class Operation:
         state: "clipped" if (nearly) every element has to change, else "unclipped".
         reads: passes over the gradients that only read.
         updates: passes that read and write back.
+        with_step: AdamW's step follows, and both are timed together, on gradients as backward leaves
+            them: in new tensors, just written.
 
     The passes are those no implementation can do without when the gradients do not fit in
     cache; what does fit may beat the bound made from them.
@@ -157,11 +163,12 @@ class Operation:
     state: str
     reads: int
     updates: int
+    with_step: bool = False
 
     @property
     def name(self) -> str:
         """The ``op`` of a record."""
-        return self.function
+        return self.function + STEP if self.with_step else self.function
 
     @property
     def label(self) -> str:
@@ -201,6 +208,9 @@ OPERATIONS = (
     Operation("clip_grad_value_", "unclipped", reads=1, updates=0),
     Operation("clip_grad_value_", "clipped", reads=0, updates=1),
     Operation("get_total_norm", "unclipped", reads=1, updates=0),
+    # AdamW reads the gradients, and updates the weights and two moments of the same size.
+    Operation("clip_grad_norm_", "unclipped", reads=2, updates=3, with_step=True),
+    Operation("clip_grad_norm_", "clipped", reads=2, updates=4, with_step=True),
 )
 FUNCTIONS = tuple(dict.fromkeys(operation.function for operation in OPERATIONS))
 
@@ -216,6 +226,8 @@ _CACHES = 3
 _MAX_TENSORS = 16_384
 # What the gate, a sweep and an implementation may need beyond the gradients.
 _SCRATCH_BYTES = 512 << 20
+# AdamW's step needs weights, two moments, new gradients, and up to two temporary lists of their size.
+_STEP_COPIES = 6
 # Elements looked at in float64 at a time. On a CPU: what one thread does alone, because waiting for
 # another one thousands of times takes minutes on a busy machine, and small enough for malloc to keep
 # it for the next chunk, where larger pieces go back to the system and cost a page fault every 4 KiB.
@@ -253,12 +265,24 @@ class Workload:
         self._turn = 0
         too_small = copies * self.bytes < _CACHES * cache_bytes
         self._sweep = torch.zeros(_CACHES * cache_bytes // 4, device=device) if too_small else None
+        self._trained: list[Parameter] = []
+        self._optimizer: torch.optim.AdamW | None = None
         self.norm = reference.total_norm([torch.tensor(list(self._chunk_norms()), dtype=torch.float64)])
 
     def next(self) -> list[Parameter]:
         """Return the parameters whose gradients were used longest ago."""
         self._turn = (self._turn + 1) % len(self._copies)
         return self._copies[self._turn]
+
+    def train(self) -> tuple[list[Parameter], Call]:
+        """Return parameters with new gradient tensors, as backward leaves them, and an optimizer's step."""
+        if self._optimizer is None:
+            self._trained = [Parameter(values.clone()) for values in self.pristine]
+            self._optimizer = torch.optim.AdamW(self._trained, foreach=True)
+        self._optimizer.zero_grad()
+        for parameter, values in zip(self._trained, self.pristine):
+            parameter.grad = values.clone()
+        return self._trained, self._optimizer.step
 
     def restore(self, parameters: Sequence[Parameter]) -> None:
         """Give the gradients of ``parameters`` their pristine values back."""
@@ -304,14 +328,20 @@ def gradient_bytes(case: Case, dtype: str) -> int:
     return sum(math.prod(shape) * kind.itemsize for shape, kind in zip(case.shapes, dtypes))
 
 
-def why_not_measurable(case: Case, dtype: str, cache_bytes: int, free_bytes: int | None) -> str | None:
-    """Return why the case cannot be measured in this dtype, or None if it can."""
+def why_not_measurable(
+    case: Case, dtype: str, operation: Operation, cache_bytes: int, free_bytes: int | None
+) -> str | None:
+    """Return why the operation cannot be measured on the case in this dtype, or None if it can."""
     if dtype == MIXED and case.tensors == 1:
         return "a single tensor has a single dtype"
     size = gradient_bytes(case, dtype)
     needed = (_copies(case, size, cache_bytes) + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
+    what = "it"
+    if operation.with_step:
+        needed += _STEP_COPIES * size
+        what = operation.name
     if free_bytes is not None and needed > free_bytes:
-        return f"it needs {needed / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free"
+        return f"{what} needs {needed / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free"
     return None
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
+from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import gate, machine
 from benchmarks.cases import OPERATIONS, Case, Operation, Workload
 from benchmarks.contenders import BASELINE, Implementation
 from benchmarks.gate import Verdict
-from benchmarks.machine import Bandwidths, Clock, cache_bytes
+from benchmarks.machine import Bandwidths, Call, Clock, cache_bytes
 from benchmarks.results import HostTime, Record
 
 # Fewer repeats give no reliable median; more than the second number give no better one.
@@ -66,8 +67,12 @@ def measure_case(
     bound.
     """
     workload = Workload(case, dtype, settings.device, cache_bytes(settings.device))
+    judged: dict[tuple[str, str], dict[str, Verdict]] = {}
     for operation in operations:
-        verdicts = {i.name: gate.judge(i, operation, workload) for i in implementations}
+        call = operation.function, operation.state  # the same with an optimizer's step and without
+        if call not in judged:
+            judged[call] = {i.name: gate.judge(i, operation, workload) for i in implementations}
+        verdicts = judged[call]
         timed = [i for i in implementations if verdicts[i.name].ok or _is_baseline(i, verdicts[i.name])]
         bandwidths = settings.bandwidths()
         timings = time_operation(timed, operation, workload, settings)
@@ -237,19 +242,28 @@ class _Turns:
         """Return one time of each implementation; the one with index ``first`` begins."""
         count = len(self._functions)
         times = [0.0] * count
-        for index in ((first + step) % count for step in range(count)):
-            parameters = self._workload.next()
-            call = self._operation.bind(self._functions[index], parameters, self._workload.norm)
-            self._workload.cool()
+        for index in ((first + turn) % count for turn in range(count)):
+            parameters, call = self._ready(index)
             times[index] = clocks[index](call)
-            if self._operation.state == "clipped":
+            if self._operation.state == "clipped" and not self._operation.with_step:
                 self._workload.restore(parameters)
         return times
 
+    def _ready(self, index: int) -> tuple[list[Parameter], Call]:
+        """Return a call with its arguments ready, so that timing it times nothing else."""
+        workload, function = self._workload, self._functions[index]
+        if self._operation.with_step:
+            parameters, step = workload.train()
+            clip = self._operation.bind(function, parameters, workload.norm)
+            return parameters, lambda: (clip(), step())
+        parameters = workload.next()
+        call = self._operation.bind(function, parameters, workload.norm)
+        workload.cool()
+        return parameters, call
+
     def count(self, index: int) -> tuple[int, int]:
         """Return the launches and the peak scratch bytes of one call on a GPU."""
-        parameters = self._workload.next()
-        call = self._operation.bind(self._functions[index], parameters, self._workload.norm)
+        parameters, call = self._ready(index)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -278,8 +292,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 # ---------------------------------------------------------------- host time
 
-HOST_COUNTS = (1, 300, 1000, 3000, 10_000)
-# Judged at one count only: ten thousand tensors take seconds in float64, and the cases have judged lists
+HOST_COUNTS = (1, 300, 1000, 3000, 6000)
+# Judged at one count only: six thousand tensors take seconds in float64, and the cases have judged lists
 # of thousands.
 _JUDGED_COUNT = 300
 _HOST_CALLS = 5

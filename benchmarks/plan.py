@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from benchmarks.contenders import BASELINE, Implementation
 from benchmarks.measure import ENOUGH_REPEATS
 from benchmarks.results import Results, Skipped
 
+Work = dict[tuple[Case, str], list[Operation]]
+
 OUT = Path(__file__).parent / "out"
 
 
@@ -25,21 +28,24 @@ class Extent:
 
     Args:
         cases, dtypes: names.
+        step_cases: those on which AdamW's step is measured, too, unless --ops names it; a step takes
+            several times as long as clipping.
         loop: whether torch's loop is measured, too.
         seconds: for one operation on one case, if the repeats allow.
         host_rounds: see measure.host_times.
     """
 
     cases: tuple[str, ...]
+    step_cases: tuple[str, ...]
     dtypes: tuple[str, ...]
     loop: bool
     seconds: float
     host_rounds: int
 
 
-QUICK = Extent(DEFAULT_CASES, ("float32",), loop=False, seconds=0.5, host_rounds=3)
-USUAL = Extent(DEFAULT_CASES, ("float32", "bfloat16"), loop=False, seconds=3.0, host_rounds=10)
-FULL = Extent(tuple(CASES), DTYPES, loop=True, seconds=0.5, host_rounds=10)
+QUICK = Extent(DEFAULT_CASES, DEFAULT_CASES[1:], ("float32",), loop=False, seconds=0.5, host_rounds=3)
+USUAL = Extent(DEFAULT_CASES, DEFAULT_CASES, ("float32", "bfloat16"), loop=False, seconds=3.0, host_rounds=10)
+FULL = Extent(tuple(CASES), DEFAULT_CASES, DTYPES, loop=True, seconds=0.5, host_rounds=10)
 
 _EXAMPLES = """examples:
   python -m benchmarks                  the default cases, on the GPU if there is one
@@ -71,9 +77,8 @@ class Plan:
         device: where.
         found, missing: implementations that can be measured here, and why others cannot.
         chosen: those to be measured.
-        pairs: cases and dtypes to be measured.
-        skipped: cases and dtypes that cannot be.
-        operations: which calls.
+        work: operations to be measured, by case and dtype.
+        skipped: what cannot be measured.
         repeats, extent: how long.
         path: of the results file.
         before: the results to compare with, or None.
@@ -84,9 +89,8 @@ class Plan:
     found: dict[str, Implementation]
     missing: dict[str, str]
     chosen: list[Implementation]
-    pairs: list[tuple[Case, str]]
+    work: Work
     skipped: list[Skipped]
-    operations: list[Operation]
     repeats: int | None
     extent: Extent
     path: Path
@@ -150,23 +154,43 @@ def plan(arguments: argparse.Namespace) -> Plan:
     cases = [CASES[name] for name in _chosen("case", arguments.cases or extent.cases, list(CASES))]
     dtypes = _chosen("dtype", arguments.dtypes or extent.dtypes, DTYPES)
     path = _results_path(arguments.json, device)
-    # Looked at once, before anything is allocated: later, torch's allocators keep what they have.
-    cache, free = machine.cache_bytes(device), machine.free_bytes(device)
-    reasons = {(c, d): why_not_measurable(c, d, cache, free) for c in cases for d in dtypes}
+    work, skipped = _work(cases, dtypes, arguments.ops, extent, device)
     return Plan(
         device=device,
         found=found,
         missing=missing,
         chosen=_implementations(arguments.impls, extent, found, missing),
-        pairs=[pair for pair, reason in reasons.items() if reason is None],
-        skipped=[Skipped(c.name, d, reason) for (c, d), reason in reasons.items() if reason is not None],
-        operations=_operations(arguments.ops),
+        work=work,
+        skipped=skipped,
         repeats=arguments.repeats,
         extent=extent,
         path=path,
         before=_before(arguments.check, device),
         kept=_kept(arguments.resume, path, device),
     )
+
+
+def _work(
+    cases: Sequence[Case], dtypes: Sequence[str], names: Sequence[str], extent: Extent, device: torch.device
+) -> tuple[Work, list[Skipped]]:
+    """Return what to measure and what cannot be measured."""
+    # Looked at once, before anything is allocated: later, torch's allocators keep what they have.
+    cache, free = machine.cache_bytes(device), machine.free_bytes(device)
+    work: Work = {}
+    skipped = []
+    for case, dtype in product(cases, dtypes):
+        operations = _operations(names)
+        if "all" in names and case.name not in extent.step_cases:
+            operations = [o for o in operations if not o.with_step]
+        reasons = {o: why_not_measurable(case, dtype, o, cache, free) for o in operations}
+        measurable = [o for o, reason in reasons.items() if reason is None]
+        messages = [reason for reason in dict.fromkeys(reasons.values()) if reason is not None]
+        if measurable:
+            work[case, dtype] = measurable
+        else:
+            messages = messages[:1]
+        skipped += [Skipped(case.name, dtype, message) for message in messages]
+    return work, skipped
 
 
 def _device(name: str) -> torch.device:

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 
 from benchmarks import plot
-from benchmarks.cases import Case, gradient_bytes
+from benchmarks.cases import STEP, Case, gradient_bytes
 from benchmarks.contenders import BASELINE, is_ours
 from benchmarks.results import (
     HostTime,
@@ -276,6 +276,11 @@ def _notes(results: Results) -> Iterator[str]:
         yield f"One `clip_grad_norm_` call takes the host {us.us_for_300:.3g} µs for 300 one-element tensors"
         yield f"and {us.us_per_further:.2g} µs for each further one; `{BASELINE}` takes"
         yield f"{torch_us.us_for_300:.3g} µs and {torch_us.us_per_further:.2g} µs."
+        yield ""
+    steps = [r for r in results.records if r.impl == ours and r.op.endswith(STEP) and r.speedup_vs_torch]
+    for state, of_state in groupby(sorted(steps, key=lambda r: r.state), key=lambda r: r.state):
+        ratios = [f"{_ratio(r.speedup_vs_torch)} on {r.case} in {r.dtype}" for r in of_state]
+        yield f"Clipping ({state}) and AdamW's step together, on new gradients: {', '.join(ratios)}."
         yield ""
     wrong = {(r.case, r.dtype): r.problem for r in results.records if r.impl == BASELINE and not r.ok}
     for (case, dtype), problem in wrong.items():

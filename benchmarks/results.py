@@ -134,25 +134,22 @@ class Results:
         return f"{self.machine['gpu'] or self.machine['cpu']}, torch {self.machine['torch']}"
 
 
-_COST_COUNTS = (300, 10_000)
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What one call costs the host: a list of 300 tensors, and each tensor beyond."""
+    """What one call costs the host: with 300 tensors, and for each tensor more, up to the largest list."""
 
     us_for_300: float
     us_per_further: float
 
 
 def host_costs(host: Sequence[HostTime]) -> dict[str, Cost]:
-    """Return what each implementation that was measured at both ends costs."""
+    """Return what each implementation costs that was measured with 300 tensors and with the largest list."""
     us = {(h.impl, h.tensors): h.p50_us for h in host}
-    first, last = _COST_COUNTS
+    last = max((h.tensors for h in host), default=0)
     return {
-        impl: Cost(at_first, (us[impl, last] - at_first) / (last - first))
-        for (impl, tensors), at_first in us.items()
-        if tensors == first and (impl, last) in us
+        impl: Cost(at_300, (us[impl, last] - at_300) / (last - 300))
+        for (impl, tensors), at_300 in us.items()
+        if tensors == 300 < last and (impl, last) in us
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from small_case import CPU, SMALL
 
 import gradclip_ext
-from benchmarks.cases import CASES, OPERATIONS, Case, Workload, dtypes_of, why_not_measurable
+from benchmarks.cases import CASES, OPERATIONS, STEP, Case, Workload, dtypes_of, why_not_measurable
 from benchmarks.machine import Bandwidths
 
 
@@ -34,11 +34,8 @@ def test_a_mixed_list_is_mixed() -> None:
     alike = Case("alike", "made up for the tests", ((3,), (3,)))
     assert dtypes_of(alike, "mixed") == [torch.bfloat16, torch.float32]
     for case in CASES.values():
-        mixed = set(dtypes_of(case, "mixed"))
-        assert (
-            len(mixed) == 2
-            or why_not_measurable(case, "mixed", 1, None) == "a single tensor has a single dtype"
-        )
+        reason = why_not_measurable(case, "mixed", OPERATIONS[0], 1, None)
+        assert len(set(dtypes_of(case, "mixed"))) == 2 or reason == "a single tensor has a single dtype"
 
 
 def test_gradients_are_pristine_again_after_every_operation() -> None:
@@ -58,3 +55,27 @@ def test_the_bound_is_of_the_passes_that_nobody_can_do_without() -> None:
     assert bounds["clip_grad_norm_:unclipped"] == 100.0
     assert bounds["clip_grad_norm_:clipped"] == 100.0 + 125.0
     assert bounds["clip_grad_value_:clipped"] == 125.0
+
+
+def test_every_step_gets_new_gradients_and_updates_the_weights() -> None:
+    workload = Workload(SMALL, "float32", CPU, cache_bytes=1)
+    parameters, step = workload.train()
+    first = [p.grad for p in parameters]
+    weights = [p.detach().clone() for p in parameters]
+    gradclip_ext.clip_grad_norm_(parameters, 0.5 * workload.norm)
+    step()
+    assert not any(torch.equal(p, w) for p, w in zip(parameters, weights))
+    again, _ = workload.train()
+    assert all(p is q for p, q in zip(again, parameters))
+    assert not any(p.grad is g for p, g in zip(parameters, first))
+    assert all(torch.equal(p.grad, t) for p, t in zip(parameters, workload.pristine))
+
+
+def test_a_step_needs_more_memory() -> None:
+    clip, step = (
+        next(o for o in OPERATIONS if o.name == name)
+        for name in ("clip_grad_norm_", f"clip_grad_norm_{STEP}")
+    )
+    assert why_not_measurable(SMALL, "float32", clip, 1, (512 << 20) + 300_000) is None
+    reason = why_not_measurable(SMALL, "float32", step, 1, (512 << 20) + 300_000)
+    assert reason is not None and reason.startswith("clip_grad_norm_+adamw needs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_case import CPU, SETTINGS, SMALL
+from small_case import CPU, SETTINGS, SMALL, measured
 from torch import Tensor
 
 import gradclip_ext
@@ -44,3 +44,10 @@ def test_host_time_of_a_wrong_implementation_is_not_shown() -> None:
     found = [h for times in measure.host_times([wrong, *right.values()], CPU, 1) for h in times]
     assert {h.impl for h in found} == set(right)
     assert max(map(len, report.host_rows(found))) <= 100
+
+
+def test_a_step_is_timed_together_with_the_clipping() -> None:
+    steps = tuple(o for o in OPERATIONS if o.with_step)
+    for records, state in zip(measured("float32", None, steps), ("unclipped", "clipped")):
+        assert {(r.op, r.state) for r in records} == {("clip_grad_norm_+adamw", state)}
+        assert all(r.ok and r.speedup_vs_torch and r.repeats == 3 for r in records)

@@ -87,3 +87,14 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "python -m benchmarks --full" in printed
     assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_steps_are_measured_on_few_cases_unless_named() -> None:
+    def cases(*arguments: str) -> set[str]:
+        work = plan.plan(plan.parse(["--device", "cpu", "--dtypes", "float32", *arguments])).work
+        return {case.name for (case, _), operations in work.items() if any(o.with_step for o in operations)}
+
+    assert cases("--quick") == {"resnet-50", "2000x64"}
+    assert cases("--cases", "1x1", "2000x64") == {"2000x64"}
+    assert cases("--cases", "1x1", "--ops", "clip_grad_norm_+adamw") == {"1x1"}
+    assert cases("--cases", "2000x64", "--ops", "clip_grad_norm_") == set()

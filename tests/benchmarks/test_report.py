@@ -107,3 +107,9 @@ def test_figures_carry_their_fingerprint(results: Results, tmp_path: Path) -> No
 def test_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="no pair of markers"):
         report.replaced("no markers", "block")
+
+
+def test_the_report_says_what_a_step_gains(results: Results) -> None:
+    step = replace(RECORD, op="clip_grad_norm_+adamw", speedup_vs_torch=1.04)
+    block = report.readme_block({"a": Results(MACHINE, [RECORD, step])})
+    assert "(unclipped) and AdamW's step together, on new gradients: 1.04x on gpt2-124m in float32." in block
