@@ -20,9 +20,9 @@ from benchmarks.plan import Plan, UsageError, Work, parse, plan
 from benchmarks.report import Progress
 from benchmarks.results import Record, Results, Skipped
 
-# Of the progress bar: host times take about as long as an operation on 800 MB of gradients.
+# Host times take about as long as one operation on 800 MB of gradients; for the progress bar.
 _HOST_WEIGHT = 5.0
-# How many times --check looks again at what seems worse.
+# How many times --check measures again what looks worse.
 _CONFIRMATIONS = 2
 
 
@@ -154,11 +154,10 @@ class Run:
 
     def _measure_host(self, progress: Progress) -> None:
         progress.label("host time")
-        found = []
-        for times in measure.host_times(self._plan.chosen, self._plan.device, self._plan.extent.host_rounds):
-            found += times
-        self.results.host = found
-        progress.write("\n" + "\n".join(report.host_rows(found)))
+        plan = self._plan
+        measured = measure.host_times(plan.chosen, plan.device, plan.extent.host_rounds)
+        self.results.host = [time for times in measured for time in times]
+        progress.write("\n" + "\n".join(report.host_rows(self.results.host)))
 
 
 def _print_outcome(measured: Results, path: Path) -> None:
@@ -222,6 +221,6 @@ def _print_choices(chosen: Plan) -> None:
 
 
 if __name__ == "__main__":
-    # What ends jobs sends SIGTERM; taken for Ctrl-C, it leaves the table and the plots as well.
+    # A job manager ends a run with SIGTERM: handled as Ctrl-C, so that the plots are drawn, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from benchmarks.machine import Bandwidths, Call
 from gradclip_ext import reference
 
-# ---------------------------------------------------------------- shapes of real models
+# ---------------------------------------------------------------- shapes
 
 Shape = tuple[int, ...]
 
@@ -58,8 +58,8 @@ def _resnet50() -> list[Shape]:
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for index in range(blocks):
-            for out, given, kernel in ((width, channels, 1), (width, width, 3), (4 * width, width, 1)):
-                shapes += [(out, given, kernel, kernel), (out,), (out,)]
+            for outputs, inputs, kernel in ((width, channels, 1), (width, width, 3), (4 * width, width, 1)):
+                shapes += [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
             if index == 0:
                 shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
             channels = 4 * width
@@ -98,8 +98,8 @@ def _llama3_8b() -> list[Shape]:
 
 def _lora(rank: int) -> list[Shape]:
     layer: list[Shape] = []
-    for out, given in _LLAMA_MATRICES:
-        layer += [(rank, given), (out, rank)]
+    for outputs, inputs in _LLAMA_MATRICES:
+        layer += [(rank, inputs), (outputs, rank)]
     return layer * _LLAMA_LAYERS
 
 
@@ -118,7 +118,7 @@ _CASES = (
     _case("resnet-50", "torchvision.models.resnet50()", _resnet50()),
     _case("1x1", "synthetic: one element, where only the call costs", [(1,)]),
     _case("2000x64", "synthetic: many tiny tensors, where calls cost more than bytes", [(64,)] * 2000),
-    _case("6000x32ki", "synthetic: many middling tensors", [(32768,)] * 6000),
+    _case("6000x32ki", "synthetic: many tensors of medium size", [(32768,)] * 6000),
     _case("vit-b-16", "torchvision.models.vit_b_16()", _vit_b16()),
     _case("lora-llama-3-8b", "LoRA r=16 on the seven matrices of each Llama-3-8B layer", _lora(16)),
     _case("moe-experts", "the routed experts of DeepSeek-V2-Lite (26 layers x 64) at 1/8 width", _experts()),
@@ -134,12 +134,10 @@ DEFAULT_CASES = ("gpt2-124m", "resnet-50", "2000x64")
 # standard deviations) or all but 0.1 % of them (2^-10 of one). Powers of two are exact in every dtype.
 GRADIENT_STD = 2.0**-7
 CLIP_VALUES = {"unclipped": 1.0, "clipped": 2.0**-17}
-# max_norm as a multiple of the true norm: no rounding of the norm decides whether a call clips. Halves
-# would be exact in every dtype, so that a coefficient off by less than a rounding would not show.
+# max_norm as a multiple of the true norm, so far from it that no rounding decides whether a call clips.
+# A factor of 0.5 would be exact in every dtype and hide an error of the coefficient; 0.6 is not exact.
 MAX_NORM_FACTORS = {"unclipped": 2.0, "clipped": 0.6}
-
-
-# What the ``op`` of a record ends with if AdamW's step follows.
+# The ``op`` of a record ends with this if AdamW's step follows the clipping.
 STEP = "+adamw"
 
 
@@ -155,8 +153,8 @@ class Operation:
         with_step: AdamW's step follows, and both are timed together, on gradients as backward leaves
             them: in new tensors, just written.
 
-    The passes are those no implementation can do without when the gradients do not fit in
-    cache; what does fit may beat the bound made from them.
+    No implementation can avoid these passes if the gradients do not fit in cache; gradients that fit
+    may be faster than the bound made from them.
     """
 
     function: str
@@ -220,17 +218,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 MIXED = "mixed"
 DTYPES = (*_DTYPES, MIXED)
 
-# Calls see memory that has left the cache once this many times its size has gone through since.
+# Memory has left the cache when this many times the size of the cache was accessed after it.
 _CACHES = 3
-# Making a tensor costs the host microseconds and a kilobyte: lists of thousands get fewer copies.
+# Making a tensor costs the host microseconds and a kilobyte, so long lists get fewer copies.
 _MAX_TENSORS = 16_384
-# What the gate, a sweep and an implementation may need beyond the gradients.
+# Memory that the gate and an implementation may need beyond the gradients.
 _SCRATCH_BYTES = 512 << 20
 # AdamW's step needs weights, two moments, new gradients, and up to two temporary lists of their size.
 _STEP_COPIES = 6
-# Elements looked at in float64 at a time. On a CPU: what one thread does alone, because waiting for
-# another one thousands of times takes minutes on a busy machine, and small enough for malloc to keep
-# it for the next chunk, where larger pieces go back to the system and cost a page fault every 4 KiB.
+# Elements converted to float64 at a time. On a CPU, so few that one thread does it alone: waiting for
+# others thousands of times takes minutes on a busy machine. And so few that malloc reuses the memory:
+# it returns larger blocks to the system, and each new block costs a page fault every 4 KiB.
 _CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 
 
@@ -238,9 +236,8 @@ class Workload:
     """Random gradients in one dtype: their pristine values, and copies that take turns.
 
     Every gradient is an allocation of its own, as autograd makes them. A call gets the copy
-    that was used longest ago; where all copies together are too small to push each other out
-    of the cache, :meth:`cool` does it. :meth:`restore` undoes a call. All of that happens
-    outside the timed region.
+    that was used longest ago. If all copies together are too small to evict each other from the
+    cache, :meth:`cool` evicts them. :meth:`restore` undoes a call. None of that is timed.
 
     Args:
         case: the shapes.
@@ -293,7 +290,7 @@ class Workload:
         torch._foreach_copy_(grads(parameters), self.pristine)
 
     def cool(self) -> None:
-        """Push the gradients out of the cache unless the other copies have done so already."""
+        """Evict the gradients from the cache unless the other copies have done so."""
         if self._sweep is not None:
             self._sweep.sum()
 
@@ -304,7 +301,7 @@ class Workload:
 
 
 def grads(parameters: Iterable[Parameter]) -> list[Tensor]:
-    """Return the gradients that there are."""
+    """Return the gradients of the parameters that have one."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
@@ -346,7 +343,7 @@ def why_not_measurable(
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield flat pieces small enough to be looked at in float64 whatever the tensor's size."""
+    """Yield flat pieces that are small enough to be converted to float64."""
     yield from tensor.view(-1).split(_CHUNK[tensor.device.type])
 
 
@@ -356,7 +353,7 @@ def _copies(case: Case, size: int, cache_bytes: int) -> int:
 
 
 def _parameter(values: Tensor) -> Parameter:
-    # Clipping never looks at the weights, so one element stands for all of them.
+    # Clipping does not read the weights, so one element is enough for all of them.
     parameter = Parameter(values.new_zeros(()).expand(values.shape))
     parameter.grad = values.clone()
     return parameter

@@ -9,7 +9,7 @@ dependency, and the gate judges their results like all others.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -79,11 +79,6 @@ def available(device: torch.device) -> tuple[dict[str, Implementation], dict[str
         except Exception as error:  # a library built for another torch raises anything on import
             missing[name] = f"it cannot be imported: {type(error).__name__}: {error}"
     return {implementation.name: implementation for implementation in found}, missing
-
-
-def default_names(names: Iterable[str]) -> list[str]:
-    """Return what is measured unless --impls says otherwise: everything but torch's loop."""
-    return [name for name in names if name != LOOP]
 
 
 def full_name(name: str) -> str:

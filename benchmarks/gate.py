@@ -9,7 +9,7 @@ Budgets, for a norm:
   ours  1e-6 at any size and dtype: what the package promises.
   peers 2e-2. torch adds float32 squares in running sums (off by 0.3 % at 39M and 1.1 % at 100M
         elements in one tensor on CPU) and rounds the norm of half types to them (2^-9 = 0.2 % in
-        bfloat16). Whoever uses it lives with that, so it stays the baseline; its error is shown.
+        bfloat16). That is accepted in practice, so it stays the baseline; its error is shown.
 
 For gradients, against min(1, max_norm / (returned norm + 1e-6)) in float64: the coefficient takes
 four roundings (norm + 1e-6, the reciprocal, max_norm, their product), so 4 u to first order, with u
@@ -67,7 +67,7 @@ def judge(implementation: Implementation, operation: Operation, workload: Worklo
         if verdict.ok:
             problem = _drops_nan(implementation, operation, workload, parameters)
             verdict = Verdict(verdict.max_rel_error, problem)
-    except Exception as error:  # whatever a peer raises is its result, not the end of the run
+    except Exception as error:  # an exception of a peer is its result and does not end the run
         verdict = Verdict(None, f"raised {type(error).__name__}: {error}".partition("\n")[0])
     workload.restore(parameters)
     return verdict

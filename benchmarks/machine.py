@@ -48,10 +48,10 @@ def file_name(device: torch.device) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the L2 cache, on a CPU of all cores together: no call finds its gradients there.
+    """Return the size of the L2 cache, on a CPU of all cores together: no timed call finds gradients there.
 
-    A CPU's last cache is left alone: it keeps the gradients of a small model from the backward pass
-    to the clipping, and pushes out those of a large one by itself.
+    The last cache of a CPU is not evicted: in training, too, it keeps the gradients of a small model
+    from the backward pass to the clipping, and does not hold those of a large one.
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)

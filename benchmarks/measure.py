@@ -313,7 +313,7 @@ def host_times(
     timed ones, and they take turns that many ``rounds``. One that fails the gate is left out.
 
     Args:
-        implementations: who.
+        implementations: what to measure.
         device: of the one-element tensors.
         rounds: turns of each implementation.
         counts: numbers of tensors, or None for HOST_COUNTS.

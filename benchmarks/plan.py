@@ -13,12 +13,12 @@ import torch
 
 from benchmarks import contenders, machine, results
 from benchmarks.cases import CASES, DEFAULT_CASES, DTYPES, OPERATIONS, Case, Operation, why_not_measurable
-from benchmarks.contenders import BASELINE, Implementation
+from benchmarks.contenders import BASELINE, LOOP, Implementation
 from benchmarks.measure import ENOUGH_REPEATS
 from benchmarks.results import Results, Skipped
 
+# The operations to be measured, by case and dtype.
 Work = dict[tuple[Case, str], list[Operation]]
-
 OUT = Path(__file__).parent / "out"
 
 
@@ -49,13 +49,14 @@ FULL = Extent(tuple(CASES), DEFAULT_CASES, DTYPES, loop=True, seconds=0.5, host_
 
 _EXAMPLES = """examples:
   python -m benchmarks                  the default cases, on the GPU if there is one
-  python -m benchmarks --quick          the same in under a minute: float32, fewer repeats
+  python -m benchmarks --quick          the same in about a minute: float32, fewer repeats
   python -m benchmarks --full           all cases, dtypes and implementations
   python -m benchmarks --full --resume  the rest of it, if something ended it
   python -m benchmarks --check before.jsonl
   python -m benchmarks --list           what --cases, --dtypes, --ops and --impls accept here
   python -m benchmarks --cases resnet-50 vit-b-16 --dtypes float32 mixed
   python -m benchmarks --cases all --ops get_total_norm clip_grad_norm_:clipped
+  python -m benchmarks --cases all --ops clip_grad_norm_+adamw
   python -m benchmarks --impls foreach loop --device cpu --repeats 30
 
 Every implementation is compared with float64 before it is timed: one that is wrong is shown
@@ -115,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = parser.add_mutually_exclusive_group()
-    note = "float32, fewer repeats: under a minute on two idle cores"
+    note = "float32, fewer repeats: about a minute on two idle cores"
     size.add_argument("--quick", dest="extent", action="store_const", const=QUICK, default=USUAL, help=note)
     note = "all cases and dtypes, and torch's loop, too"
     size.add_argument("--full", dest="extent", action="store_const", const=FULL, help=note)
@@ -174,7 +175,7 @@ def _work(
     cases: Sequence[Case], dtypes: Sequence[str], names: Sequence[str], extent: Extent, device: torch.device
 ) -> tuple[Work, list[Skipped]]:
     """Return what to measure and what cannot be measured."""
-    # Looked at once, before anything is allocated: later, torch's allocators keep what they have.
+    # Read once, before anything is allocated: later, torch's allocators keep the memory they have.
     cache, free = machine.cache_bytes(device), machine.free_bytes(device)
     work: Work = {}
     skipped = []
@@ -238,7 +239,7 @@ def _implementations(
 ) -> list[Implementation]:
     """Return the chosen implementations; torch.nn.utils always, because ratios need it."""
     if names is None:
-        return [found[name] for name in (found if extent.loop else contenders.default_names(found))]
+        return [i for i in found.values() if extent.loop or i.name != LOOP]
     full = [contenders.full_name(name) for name in names]
     for name in full:
         if name in missing:

@@ -181,7 +181,7 @@ def training(
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axis, curves in ((top, losses), (bottom, norms)):
         for number, (name, values) in enumerate(curves.items()):
-            # A wide pale line under thin dashed ones: all stay visible where they coincide.
+            # A thick pale line under thin dashed ones: all stay visible where they coincide.
             style: dict[str, Any] = (
                 {"color": "#c9b27c", "linewidth": 4.0}
                 if number == 0

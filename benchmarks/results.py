@@ -36,7 +36,7 @@ class Record:
         bound_us: time to move them at the bandwidth measured right before.
         pct_of_bound: bound_us as a share of p50_us, in percent.
         speedup_vs_torch: torch's time over this one, median over pairs of calls side by side;
-            None for whatever failed the gate.
+            None for an implementation that failed the gate.
         speedup_p20, speedup_p80: of the same pairs: the noise that ``--check`` allows for.
         max_rel_error: see gate.py; None if the call raised or an error is not finite.
         ok: whether the gate let it pass.
@@ -161,7 +161,7 @@ def host_costs(host: Sequence[HostTime]) -> dict[str, Cost]:
 # repeats, and one is enough to fail. A run cannot see the noise between runs, so what looks slower is
 # measured again, twice, and counts only if it is slower every time.
 
-# Assumed, not measured: between two runs memory is laid out anew, which no repeat within one sees.
+# Assumed, not measured: two runs get different memory addresses, the repeats of one run do not.
 LAYOUT_NOISE = 0.03
 SAME_MACHINE = ("cpu", "cores", "gpu", "torch")
 SAME_CODE = (*SAME_MACHINE, "gradclip_ext", "commit")

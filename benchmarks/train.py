@@ -129,7 +129,7 @@ def train(settings: argparse.Namespace, clips: dict[str, Clip]) -> Training:
         try:
             for number in range(settings.steps):
                 texts = [batches.next().to(settings.device) for _ in range(settings.accumulate)]
-                # Turns alternate, so that nobody is always the one that finds the caches warm.
+                # Another run begins at every step, so that no run always finds the caches warm.
                 first = number % len(runs)
                 for run in runs[first:] + runs[:first]:
                     run.step(texts)
@@ -289,10 +289,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _print_summary(result: Training) -> None:
     runs = [*result.clipped, result.unclipped]
-    wide = max(16, *(len(run.name) + 1 for run in runs))
+    width = max(16, *(len(run.name) + 1 for run in runs))
 
     def line(title: str, values: Sequence[str]) -> None:
-        print(f"{title:<26}" + "".join(f"{value:>{wide}}" for value in values))
+        print(f"{title:<26}" + "".join(f"{value:>{width}}" for value in values))
 
     print(f"\n{result.model}, {result.parameters:,} parameters, {result.dtype}, max_norm {result.max_norm:g}")
     line("", [run.name for run in runs])

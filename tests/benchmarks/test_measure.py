@@ -8,9 +8,10 @@ from small_case import CPU, SETTINGS, SMALL, measured
 from torch import Tensor
 
 import gradclip_ext
-from benchmarks import measure, report
-from benchmarks.cases import OPERATIONS
+from benchmarks import machine, measure, report
+from benchmarks.cases import OPERATIONS, Workload
 from benchmarks.contenders import BASELINE, Implementation, available
+from benchmarks.machine import Clock
 from benchmarks.measure import Timing, percentile
 
 
@@ -51,3 +52,23 @@ def test_a_step_is_timed_together_with_the_clipping() -> None:
     for records, state in zip(measured("float32", None, steps), ("unclipped", "clipped")):
         assert {(r.op, r.state) for r in records} == {("clip_grad_norm_+adamw", state)}
         assert all(r.ok and r.speedup_vs_torch and r.repeats == 3 for r in records)
+
+
+def test_on_a_gpu_the_host_time_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device clock has to know it; on a GPU that is only named, with clocks that are made up."""
+    workload = Workload(SMALL, "float32", CPU, cache_bytes=1)
+    workload.device = torch.device("cuda")
+    known = []
+
+    def device_clock(device: torch.device, host_us: float = 100.0) -> Clock:
+        known.append(host_us)
+        return lambda call: (call(), 3.0)[1]
+
+    monkeypatch.setattr(machine, "host_us", lambda call: (call(), 7.0)[1])
+    monkeypatch.setattr(machine, "device_clock", device_clock)
+    monkeypatch.setattr(measure._Turns, "count", lambda self, index: (2, 64))
+    found = [available(CPU)[0][name] for name in (BASELINE, "gradclip_ext[foreach]")]
+    for operation in OPERATIONS:
+        timings = measure.time_operation(found, operation, workload, SETTINGS)
+        assert timings == {i.name: Timing([3.0] * 3, 7.0, 2, 64) for i in found}
+        assert known[-2:] == [7.0, 7.0]
