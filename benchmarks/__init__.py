@@ -1,9 +1,10 @@
 """Is it worth switching? ``python -m benchmarks`` measures, ``python -m benchmarks.train`` trains.
 
-Reading order: shapes.py (what), implementations.py and peers.py (who), operations.py (which call),
-workload.py (on which gradients), gate.py (right or wrong), timing.py (how long), host.py (what a
-call costs the host), suite.py (one case, as the records of results.py), then the ways out: table.py,
-plot.py, check.py, report.py, and command_line.py and __main__.py around it all.
+Reading order: machine.py (clocks and bandwidth), cases.py (shapes, operations, gradients), contenders.py
+(torch, our backends, other libraries), gate.py (is the result right?), measure.py (how long does it
+take?), results.py (the files), report.py and plot.py (tables and figures), then plan.py (the options) and
+__main__.py (a run).
 
-train.py (command line), training.py (side by side), gpt.py (the model), training_results.py (the file).
+train.py trains the model of gpt.py with each clipping side by side. gpu_design.py measures what decides
+how the CUDA kernels work.
 """

@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import check, host, machine, plot, suite, table
-from benchmarks.command_line import Plan, Unusable, parse, plan
+from benchmarks import machine, measure, plot, report, results
+from benchmarks.cases import CASES, DTYPES, OPERATIONS, Case, Operation, gradient_bytes
+from benchmarks.contenders import is_ours
 from benchmarks.machine import BandwidthMeter
-from benchmarks.operations import OPERATIONS
-from benchmarks.progress import Progress
+from benchmarks.measure import Settings
+from benchmarks.plan import Plan, UsageError, Work, parse, plan
+from benchmarks.report import Progress
 from benchmarks.results import Record, Results, Skipped
-from benchmarks.shapes import CASES
-from benchmarks.suite import Settings
-from benchmarks.workload import DTYPES, gradient_bytes
 
-# Of the progress bar: host times take about as long as an operation on 800 MB of gradients.
+# Host times take about as long as one operation on 800 MB of gradients; for the progress bar.
 _HOST_WEIGHT = 5.0
-# How many times --check looks again at what seems worse.
+# How many times --check measures again what looks worse.
 _CONFIRMATIONS = 2
 
 
@@ -37,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         chosen = plan(arguments)
-    except Unusable as error:
+    except UsageError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
     if arguments.list:
         _print_choices(chosen)
         return 0
     _print_absent(chosen)
-    if not chosen.pairs:
+    if not chosen.work:
         print("Nothing was measured: no case can be.", file=sys.stderr)
         return 1
     run = Run(chosen)
@@ -54,19 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
         kept = len(run.results.records)
-        said = f"the {kept} rows measured so far are kept" if kept else "nothing was measured yet"
-        print(f"\nInterrupted: {said}; --resume goes on from there.")
-    results = run.results
-    if results.records:
+        message = f"the {kept} rows measured so far are kept" if kept else "nothing was measured yet"
+        print(f"\nInterrupted: {message}; --resume goes on from there.")
+    records = run.results.records
+    if records:
         run.save()
-        _print_outcome(results, chosen.path)
+        _print_outcome(run.results, chosen.path)
     if interrupted:
         return 130
-    ours_wrong = any(
-        not r.ok for r in results.records if r.impl in chosen.found and not chosen.found[r.impl].peer
-    )
+    ours_wrong = any(not r.ok for r in records if is_ours(r.impl))
     slower = chosen.before is not None and _print_check(run, chosen.before)
-    return 1 if ours_wrong or slower or not results.records else 0
+    return 1 if ours_wrong or slower or not records else 0
 
 
 class Run:
@@ -90,54 +87,63 @@ class Run:
 
     def measure(self) -> None:
         """Measure and print case by case, and save after each."""
-        plan, meter = self._plan, self._meter
-        settings = Settings(plan.device, meter.measure, plan.repeats, plan.extent.seconds)
-        done = {(r.case, r.dtype, r.op, r.state) for r in self.results.records}
-        left = {
-            (case, dtype): [o for o in plan.operations if (case.name, dtype, o.name, o.state) not in done]
-            for case, dtype in plan.pairs
-        }
-        left = {pair: operations for pair, operations in left.items() if operations}
-        # A fixed part for the repeats and one that grows with the bytes: good enough to foresee the end.
+        done = {r.key[:4] for r in self.results.records}
+        left = self._work(lambda key: key not in done)
+        # A fixed part for the repeats and one that grows with the bytes: enough to estimate the end.
         weights = {pair: 1.0 + gradient_bytes(*pair) / 200e6 for pair in left}
         total = sum(weights[pair] * len(operations) for pair, operations in left.items())
         with Progress(total + (0.0 if self.results.host else _HOST_WEIGHT)) as progress:
             if not self.results.host:
                 self._measure_host(progress)
                 progress.advance(_HOST_WEIGHT)
-            progress.write(f"\n{table.HEADER}")
-            for (case, dtype), operations in left.items():
-                progress.label(f"{case.name} {dtype}")
-                progress.write(f"\n{table.case_title(case, dtype, plan.device)}")
-                try:
-                    for records in suite.measure_case(case, dtype, operations, plan.chosen, settings):
-                        self.results.records += records
-                        progress.write("\n".join(table.rows(records)))
-                        progress.advance(weights[case, dtype])
-                except torch.OutOfMemoryError:
-                    progress.write("Out of memory: the rest of this case is skipped.")
-                    self.results.skipped.append(Skipped(case.name, dtype, "out of memory"))
+            progress.write(f"\n{report.HEADER}")
+            for pair, operations in left.items():
+                self._measure_pair(pair, operations, weights[pair], progress)
                 self.save()
-        print(f"\n{table.EXPLANATION}")
+        print(f"\n{report.EXPLANATION}")
+
+    def _work(self, wanted: Callable[[tuple[str, str, str, str]], bool]) -> Work:
+        """Return the part of the plan whose case, dtype, operation and state are wanted."""
+        work = {
+            (case, dtype): [o for o in operations if wanted((case.name, dtype, o.name, o.state))]
+            for (case, dtype), operations in self._plan.work.items()
+        }
+        return {pair: operations for pair, operations in work.items() if operations}
+
+    def _measure_pair(
+        self, pair: tuple[Case, str], operations: Sequence[Operation], weight: float, progress: Progress
+    ) -> None:
+        case, dtype = pair
+        progress.label(f"{case.name} {dtype}")
+        progress.write(f"\n{report.case_title(case, dtype, self._plan.device)}")
+        try:
+            for records in self._records(case, dtype, operations):
+                self.results.records += records
+                progress.write("\n".join(report.rows(records)))
+                progress.advance(weight)
+        except torch.OutOfMemoryError:
+            progress.write("Out of memory: the rest of this case is skipped.")
+            self.results.skipped.append(Skipped(case.name, dtype, "out of memory"))
+
+    def _records(self, case: Case, dtype: str, operations: Sequence[Operation]) -> Iterator[list[Record]]:
+        plan = self._plan
+        settings = Settings(plan.device, self._meter.measure, plan.repeats, plan.extent.seconds)
+        return measure.measure_case(case, dtype, operations, plan.chosen, settings)
 
     def regressions(self, before: Results) -> list[str]:
         """Return a sentence for every record that is worse than ``before``, each time it is measured."""
-        found = check.regressions(self.results.records, before)
+        found = results.regressions(self.results.records, before)
         for _ in range(_CONFIRMATIONS):
             if found:
                 print(f"\n{len(found)} rows look worse than before and are measured again", flush=True)
-            again = check.regressions(self._again({key[:4] for key in found}), before)
+            again = results.regressions(self._again({key[:4] for key in found}), before)
             found = {key: again[key] for key in found if key in again}
         return list(found.values())
 
     def _again(self, keys: set[tuple[str, str, str, str]]) -> Iterator[Record]:
-        plan = self._plan
-        settings = Settings(plan.device, self._meter.measure, plan.repeats, plan.extent.seconds)
-        for case, dtype in plan.pairs:
-            operations = [o for o in plan.operations if (case.name, dtype, o.name, o.state) in keys]
-            if operations:
-                for records in suite.measure_case(case, dtype, operations, plan.chosen, settings):
-                    yield from records
+        for (case, dtype), operations in self._work(keys.__contains__).items():
+            for records in self._records(case, dtype, operations):
+                yield from records
 
     def save(self) -> None:
         """Write the file."""
@@ -148,15 +154,14 @@ class Run:
 
     def _measure_host(self, progress: Progress) -> None:
         progress.label("host time")
-        found = []
-        for times in host.measure(self._plan.chosen, self._plan.device, self._plan.extent.host_rounds):
-            found += times
-        self.results.host = found
-        progress.write("\n" + "\n".join(table.host_rows(found)))
+        plan = self._plan
+        measured = measure.host_times(plan.chosen, plan.device, plan.extent.host_rounds)
+        self.results.host = [time for times in measured for time in times]
+        progress.write("\n" + "\n".join(report.host_rows(self.results.host)))
 
 
-def _print_outcome(results: Results, path: Path) -> None:
-    block = results.machine
+def _print_outcome(measured: Results, path: Path) -> None:
+    block = measured.machine
     print(
         f"\nmemory   reads {block['read_gbps']:.1f} GB/s, reads and writes {block['inplace_gbps']:.1f} GB/s: "
         "the median of the run;\n         a bound is made from what was measured right before"
@@ -165,7 +170,7 @@ def _print_outcome(results: Results, path: Path) -> None:
     if not plot.available():
         print("plots    none: matplotlib is not installed (pip install matplotlib)")
         return
-    for picture in plot.draw_all(results, path):
+    for picture in plot.draw_all(measured, path):
         print(f"plot     {os.path.relpath(picture)}")
 
 
@@ -174,7 +179,7 @@ def _print_check(run: Run, before: Results) -> bool:
     problems = run.regressions(before)
     for problem in problems:
         print(f"SLOWER OR WRONG: {problem}", file=sys.stderr)
-    count = check.compared(run.results, before)
+    count = results.compared(run.results, before)
     print(f"check    {count} rows compared, {len(problems)} worse than their noise allows")
     return bool(problems)
 
@@ -216,6 +221,6 @@ def _print_choices(chosen: Plan) -> None:
 
 
 if __name__ == "__main__":
-    # What ends jobs sends SIGTERM; taken for Ctrl-C, it leaves the table and the plots as well.
+    # A job manager ends a run with SIGTERM: handled as Ctrl-C, so that the plots are drawn, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -9,7 +9,7 @@ Budgets, for a norm:
   ours  1e-6 at any size and dtype: what the package promises.
   peers 2e-2. torch adds float32 squares in running sums (off by 0.3 % at 39M and 1.1 % at 100M
         elements in one tensor on CPU) and rounds the norm of half types to them (2^-9 = 0.2 % in
-        bfloat16). Whoever uses it lives with that, so it stays the baseline; its error is shown.
+        bfloat16). That is accepted in practice, so it stays the baseline; its error is shown.
 
 For gradients, against min(1, max_norm / (returned norm + 1e-6)) in float64: the coefficient takes
 four roundings (norm + 1e-6, the reciprocal, max_norm, their product), so 4 u to first order, with u
@@ -23,16 +23,15 @@ A second call gets a NaN in the very last element: it must reach the norm and ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.implementations import Implementation
-from benchmarks.operations import Operation
-from benchmarks.workload import Workload, chunks
+from benchmarks.cases import Operation, Workload, chunks, grads
+from benchmarks.contenders import Implementation
 from gradclip_ext import reference
 
 NORM_BUDGET = 1e-6
@@ -59,8 +58,8 @@ class Verdict:
 
 def judge(implementation: Implementation, operation: Operation, workload: Workload) -> Verdict:
     """Run the operation on random gradients and on ones with a NaN, and compare with float64."""
-    if operation.name not in implementation.functions:
-        return Verdict(None, f"{implementation.name} has no {operation.name}")
+    if operation.function not in implementation.functions:
+        return Verdict(None, f"{implementation.name} has no {operation.function}")
     parameters = workload.next()
     try:
         verdict = _compare(implementation, operation, workload, parameters)
@@ -68,7 +67,7 @@ def judge(implementation: Implementation, operation: Operation, workload: Worklo
         if verdict.ok:
             problem = _drops_nan(implementation, operation, workload, parameters)
             verdict = Verdict(verdict.max_rel_error, problem)
-    except Exception as error:  # whatever a peer raises is its result, not the end of the run
+    except Exception as error:  # an exception of a peer is its result and does not end the run
         verdict = Verdict(None, f"raised {type(error).__name__}: {error}".partition("\n")[0])
     workload.restore(parameters)
     return verdict
@@ -77,24 +76,24 @@ def judge(implementation: Implementation, operation: Operation, workload: Worklo
 def _compare(
     implementation: Implementation, operation: Operation, workload: Workload, parameters: Sequence[Parameter]
 ) -> Verdict:
-    result = operation.bind(implementation.functions[operation.name], parameters, workload.norm)()
-    grads = _grads(parameters)
+    result = operation.bind(implementation.functions[operation.function], parameters, workload.norm)()
+    gradients = grads(parameters)
     threshold = operation.threshold(workload.norm)
-    if operation.name == "clip_grad_value_":
+    if operation.function == "clip_grad_value_":
         assert threshold is not None
         bound = threshold
-        grad_error = _worst_error(grads, workload, lambda x: x.clamp(-bound, bound), rounded=False)
+        grad_error = _worst_error(gradients, workload, lambda x: x.clamp(-bound, bound), rounded=False)
         return _verdict(0.0, 0.0, grad_error, 0.0)
     norm = float(result)
     norm_error = abs(norm - workload.norm) / workload.norm
-    norm_budget = PEER_NORM_BUDGET if implementation.peer else NORM_BUDGET
+    norm_budget = NORM_BUDGET if implementation.is_ours else PEER_NORM_BUDGET
     coef = 1.0 if threshold is None else reference.clip_coef(threshold, norm)
     if coef == 1.0:
-        grad_error = _worst_error(grads, workload, lambda x: x, rounded=False)
+        grad_error = _worst_error(gradients, workload, lambda x: x, rounded=False)
         return _verdict(norm_error, norm_budget, grad_error, 0.0)
-    narrowest = max(_unit_roundoff(grad.dtype) for grad in grads)
-    coef_unit = narrowest if implementation.peer else _unit_roundoff(torch.float32)
-    grad_error = _worst_error(grads, workload, lambda x: x * coef, rounded=True)
+    narrowest = max(_unit_roundoff(grad.dtype) for grad in gradients)
+    coef_unit = _unit_roundoff(torch.float32) if implementation.is_ours else narrowest
+    grad_error = _worst_error(gradients, workload, lambda x: x * coef, rounded=True)
     return _verdict(norm_error, norm_budget, grad_error, _COEF_ROUNDINGS * coef_unit)
 
 
@@ -108,14 +107,14 @@ def _verdict(norm_error: float, norm_budget: float, grad_error: float, grad_budg
 
 
 def _worst_error(
-    grads: Sequence[Tensor], workload: Workload, expected: Callable[[Tensor], Tensor], *, rounded: bool
+    gradients: Sequence[Tensor], workload: Workload, expected: Callable[[Tensor], Tensor], *, rounded: bool
 ) -> float:
     """Return the largest relative error, beyond one rounding if it had to be ``rounded``.
 
     NaN where only one of the two is NaN.
     """
-    excess = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for grad, values in zip(grads, workload.pristine):
+    excess = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for grad, values in zip(gradients, workload.pristine):
         unit = _unit_roundoff(grad.dtype) if rounded else 0.0
         # Below the smallest normal number the distance between neighbours stays what it is there.
         smallest = torch.finfo(grad.dtype).smallest_normal
@@ -134,22 +133,18 @@ def _drops_nan(
     implementation: Implementation, operation: Operation, workload: Workload, parameters: Sequence[Parameter]
 ) -> str | None:
     """Return what became of a NaN in the last element if it is not what it must be."""
-    grads = _grads(parameters)
-    grads[-1].view(-1)[-1] = math.nan
-    result = operation.bind(implementation.functions[operation.name], parameters, workload.norm)()
-    if not grads[-1].view(-1)[-1].isnan():
+    gradients = grads(parameters)
+    gradients[-1].view(-1)[-1] = math.nan
+    result = operation.bind(implementation.functions[operation.function], parameters, workload.norm)()
+    if not gradients[-1].view(-1)[-1].isnan():
         return "a NaN in the last gradient was overwritten"
-    if operation.name != "clip_grad_value_" and not math.isnan(float(result)):
+    if operation.function != "clip_grad_value_" and not math.isnan(float(result)):
         return f"a NaN in the last gradient gave the norm {float(result):.4g}"
-    if operation.name == "clip_grad_norm_":
-        for index, grad in enumerate(grads):
+    if operation.function == "clip_grad_norm_":
+        for index, grad in enumerate(gradients):
             if not all(chunk.isnan().all() for chunk in chunks(grad)):
                 return f"a NaN in the last gradient did not reach gradient {index}"
     return None
-
-
-def _grads(parameters: Iterable[Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _unit_roundoff(dtype: torch.dtype) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BYTES = 256
-# More than a short training run can see, less than a second to read.
-_MOST_TEXT = 4 << 20
+# More bytes than a short training run sees; they are read in less than a second.
+_MAX_TEXT = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class GPT(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats per byte, of predicting ``text[:, 1:]``."""
-        given, following = text[:, :-1], text[:, 1:]
-        x = self.token(given) + self.position.weight[: given.shape[1]]
+        inputs, targets = text[:, :-1], text[:, 1:]
+        x = self.token(inputs) + self.position.weight[: inputs.shape[1]]
         logits = functional.linear(self.norm(self.blocks(x)), self.token.weight)
-        # In float32 whatever the weights are: a bfloat16 loss has three digits.
-        return functional.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
+        # In float32 for weights of any dtype: a bfloat16 loss has three digits.
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def _initialise(module: nn.Module) -> None:
@@ -110,7 +110,7 @@ def read_text(path: Path | None) -> Tensor:
             text += source.read_bytes()
         if not text:
             raise ValueError("Python's standard library is not there as source files: pass --text FILE")
-    return torch.frombuffer(bytearray(text[:_MOST_TEXT]), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(text[:_MAX_TEXT]), dtype=torch.uint8)
 
 
 class Batches:

@@ -24,12 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import clocks, host, implementations, machine
-from benchmarks.clocks import Call
-from benchmarks.implementations import BASELINE, LOOP
-from benchmarks.operations import OPERATIONS
-from benchmarks.shapes import CASES
-from benchmarks.workload import Workload
+from benchmarks import contenders, machine, measure
+from benchmarks.cases import CASES, OPERATIONS, Workload
+from benchmarks.contenders import BASELINE, LOOP
+from benchmarks.machine import Call
 
 OUT = Path(__file__).parent / "out"
 _SOURCE = Path(__file__).with_name("gpu_probes.cu")
@@ -151,8 +149,8 @@ class Bench:
 
     def us(self, call: Call) -> float:
         """Return the median time of a call, its launches all queued before the first one runs."""
-        clocks.host_us(call)  # warms up
-        clock = clocks.device_clock(self.device, clocks.host_us(call))
+        machine.host_us(call)  # warms up
+        clock = machine.device_clock(self.device, machine.host_us(call))
         times = []
         for _ in range(_REPEATS):
             self._sweep.neg_()
@@ -229,16 +227,16 @@ def parameters(bench: Bench) -> Iterator[Finding]:
     probes = Probes(bench.device)
     for large, name in ((False, "4 KB"), (True, "32 KB")):
         call = partial(probes.parameters, large=large)
-        on_host = statistics.median(clocks.host_us(call) for _ in range(10 * _REPEATS))
+        on_host = statistics.median(machine.host_us(call) for _ in range(10 * _REPEATS))
         yield Finding(5, f"launch with {name} of parameters, on the GPU", bench.us(call), "us")
         yield Finding(5, f"launch with {name} of parameters, on the host, through ctypes", on_host, "us")
 
 
 def host_time(bench: Bench) -> Iterator[Finding]:
     """6: host time of clip_grad_norm_ at 148, 291 and 6,000 tensors."""
-    found, _ = implementations.available(bench.device)
+    found, _ = contenders.available(bench.device)
     chosen = [found[name] for name in found if name != LOOP]
-    for times in host.measure(chosen, bench.device, rounds=10, counts=(148, 291, 6000)):
+    for times in measure.host_times(chosen, bench.device, rounds=10, counts=(148, 291, 6000)):
         for time in times:
             torchs = f"{2.1 * time.tensors:.0f}, 2.1 per tensor"
             ours = "under 20" if time.tensors <= 300 else f"under {20 + 0.1 * (time.tensors - 300):.0f}"
@@ -248,14 +246,14 @@ def host_time(bench: Bench) -> Iterator[Finding]:
 
 def graph_replay(bench: Bench) -> Iterator[Finding]:
     """7: clip_grad_norm_ of GPT-2 in bfloat16, replayed from a CUDA graph and called."""
-    found, _ = implementations.available(bench.device)
+    found, _ = contenders.available(bench.device)
     operation = next(o for o in OPERATIONS if o.label == "clip_grad_norm_:clipped")
     workload = Workload(CASES["gpt2-124m"], "bfloat16", bench.device, machine.cache_bytes(bench.device))
     parameters = workload.next()
     for name, implementation in found.items():
-        if name == LOOP or operation.name not in implementation.functions:
+        if name == LOOP or operation.function not in implementation.functions:
             continue
-        call = operation.bind(implementation.functions[operation.name], parameters, workload.norm)
+        call = operation.bind(implementation.functions[operation.function], parameters, workload.norm)
         try:
             replay, norm = _captured(call)
             workload.restore(parameters)

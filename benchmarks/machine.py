@@ -1,4 +1,4 @@
-"""The machine: what it is, how much memory it has left, and how fast that memory is."""
+"""The machine: what it is, how much memory it has left, its clocks, and how fast its memory is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import platform
 import statistics
 import subprocess
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -14,22 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 import gradclip_ext
-from benchmarks import clocks
-from benchmarks.clocks import Call
 
 _UNKNOWN_CACHE = 32 << 20
 _BANDWIDTH_REPEATS = 4
-
-
-class Bandwidths(NamedTuple):
-    """GB/s (10^9 bytes) over a buffer far larger than any cache: bytes read, and bytes read plus written."""
-
-    read_gbps: float
-    inplace_gbps: float
-
-    def rounded(self) -> dict[str, float]:
-        """Return them as the machine block has them."""
-        return {"read_gbps": round(self.read_gbps, 2), "inplace_gbps": round(self.inplace_gbps, 2)}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -59,10 +48,10 @@ def file_name(device: torch.device) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the L2 cache, on a CPU of all cores together: no call finds its gradients there.
+    """Return the size of the L2 cache, on a CPU of all cores together: no timed call finds gradients there.
 
-    A CPU's last cache is left alone: it keeps the gradients of a small model from the backward pass
-    to the clipping, and pushes out those of a large one by itself.
+    The last cache of a CPU is not evicted: in training, too, it keeps the gradients of a small model
+    from the backward pass to the clipping, and does not hold those of a large one.
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -94,43 +83,6 @@ def free_bytes(device: torch.device) -> int | None:
 def load() -> float:
     """Return how many processes wanted a core in the last minute; 0 where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-class BandwidthMeter:
-    """Measures the memory of a device with the best of several torch operations.
-
-    A shared machine has its good and bad minutes, twice as fast and half as fast: measured
-    before every operation, a bound is what was possible at that time.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        # Large enough for no cache to matter, nor, on a GPU, the microseconds around a kernel.
-        size = max(256 << 20, 4 * cache_bytes(device))
-        if device.type == "cuda":
-            size = min(2 << 30, (free_bytes(device) or 0) // 4)
-        x = torch.ones(size // 4096, 1024, device=device)
-        self._size = x.numel() * x.itemsize
-        self._clock = clocks.device_clock(device)
-        self._readers: list[Call] = [x.sum, lambda: torch.dot(x.view(-1), x.view(-1)), lambda: x.amax(dim=1)]
-        self._updates: list[Call] = [x.neg_, x.abs_]
-        self._measured: list[Bandwidths] = []
-
-    def measure(self) -> Bandwidths:
-        """Return what the memory does now."""
-        read = self._size / self._best_us(self._readers) / 1e3
-        inplace = 2 * self._size / self._best_us(self._updates) / 1e3
-        self._measured.append(Bandwidths(read, inplace))
-        return self._measured[-1]
-
-    def median(self) -> Bandwidths | None:
-        """Return the median of all that was measured, or None if nothing was."""
-        if not self._measured:
-            return None
-        read, inplace = zip(*self._measured)
-        return Bandwidths(statistics.median(read), statistics.median(inplace))
-
-    def _best_us(self, calls: list[Call]) -> float:
-        return min(self._clock(call) for _ in range(_BANDWIDTH_REPEATS) for call in calls)
 
 
 def _cpu_name() -> str:
@@ -170,3 +122,105 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return text.strip() or None
+
+
+# ---------------------------------------------------------------- clocks
+
+Call = Callable[[], Any]
+Clock = Callable[[Call], float]
+
+# torch.cuda._sleep counts cycles; at 2 per ns it lasts at least as long as asked on any GPU below 2 GHz
+# and nearly so on the others.
+_CYCLES_PER_US = 2000
+
+
+def device_clock(device: torch.device, host_us: float = 100.0) -> Clock:
+    """Return the clock for the work itself: CUDA events on a GPU, the wall on a CPU.
+
+    Args:
+        device: where the call works.
+        host_us: on a GPU, how long the host needs to launch the call. The GPU is kept asleep
+            that long, twice over, so that all launches are queued when the first one runs: what
+            is measured is device time, as in training, where backward keeps the queue full. A
+            call that waits for the GPU cannot hide that wait here.
+    """
+    if device.type != "cuda":
+        return wall_us
+    lead = int((2 * host_us + 20) * _CYCLES_PER_US)
+
+    def event_us(call: Call) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(lead)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3
+
+    return event_us
+
+
+def wall_us(call: Call) -> float:
+    """Return the time until the call returns."""
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def host_us(call: Call) -> float:
+    """Return the time until the call returns to a host whose GPU has nothing else to do."""
+    torch.cuda.synchronize()
+    elapsed = wall_us(call)
+    torch.cuda.synchronize()
+    return elapsed
+
+
+# ---------------------------------------------------------------- memory bandwidth
+
+
+class Bandwidths(NamedTuple):
+    """GB/s (10^9 bytes) over a buffer far larger than any cache: bytes read, and bytes read plus written."""
+
+    read_gbps: float
+    inplace_gbps: float
+
+    def rounded(self) -> dict[str, float]:
+        """Return them as the machine block has them."""
+        return {"read_gbps": round(self.read_gbps, 2), "inplace_gbps": round(self.inplace_gbps, 2)}
+
+
+class BandwidthMeter:
+    """Measures the memory of a device with the best of several torch operations.
+
+    A shared machine has its good and bad minutes, twice as fast and half as fast: measured
+    before every operation, a bound is what was possible at that time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Large enough for no cache to matter, nor, on a GPU, the microseconds around a kernel.
+        size = max(256 << 20, 4 * cache_bytes(device))
+        if device.type == "cuda":
+            size = min(2 << 30, (free_bytes(device) or 0) // 4)
+        x = torch.ones(size // 4096, 1024, device=device)
+        self._size = x.numel() * x.itemsize
+        self._clock = device_clock(device)
+        self._readers: list[Call] = [x.sum, lambda: torch.dot(x.view(-1), x.view(-1)), lambda: x.amax(dim=1)]
+        self._updates: list[Call] = [x.neg_, x.abs_]
+        self._measured: list[Bandwidths] = []
+
+    def measure(self) -> Bandwidths:
+        """Return what the memory does now."""
+        read = self._size / self._best_us(self._readers) / 1e3
+        inplace = 2 * self._size / self._best_us(self._updates) / 1e3
+        self._measured.append(Bandwidths(read, inplace))
+        return self._measured[-1]
+
+    def median(self) -> Bandwidths | None:
+        """Return the median of all that was measured, or None if nothing was."""
+        if not self._measured:
+            return None
+        read, inplace = zip(*self._measured)
+        return Bandwidths(statistics.median(read), statistics.median(inplace))
+
+    def _best_us(self, calls: list[Call]) -> float:
+        return min(self._clock(call) for _ in range(_BANDWIDTH_REPEATS) for call in calls)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from benchmarks.implementations import BASELINE
+from benchmarks.cases import DTYPES
+from benchmarks.contenders import BASELINE
 from benchmarks.results import Record, Results
-from benchmarks.workload import DTYPES
 
 try:  # Figure alone needs no display and changes no global state, unlike pyplot
     from matplotlib.figure import Figure
@@ -65,14 +65,11 @@ def bandwidths(results: Results, path: Path) -> bool:
     return _dots(results, shown, path, caption, value=lambda r: r.gbps, line=bound)
 
 
+Value = Callable[[Record], "float | None"]
+
+
 def _dots(
-    results: Results,
-    shown: Sequence[Record],
-    path: Path,
-    caption: str,
-    *,
-    value: Callable[[Record], float | None],
-    line: Callable[[Record], float | None],
+    results: Results, shown: Sequence[Record], path: Path, caption: str, *, value: Value, line: Value
 ) -> bool:
     """Draw a grid of panels: an implementation per row, an operation per column, a line per case."""
     if not shown or not available():
@@ -87,32 +84,12 @@ def _dots(
     for impl, row in zip(impls, axes):
         for (op, state), axis in zip(calls, row):
             panel = [r for r in shown if (r.impl, r.op, r.state) == (impl, op, state)]
-            for number, dtype in enumerate(dtypes):
-                drawn = [r for r in panel if r.dtype == dtype]
-                # Four dtypes of one case would lie on each other, so each gets its own height.
-                shift = (number - (len(dtypes) - 1) / 2) * 0.8 / len(dtypes)
-                axis.plot(
-                    [value(r) for r in drawn],
-                    [cases.index(r.case) + shift for r in drawn],
-                    linestyle="none",
-                    marker=_MARKERS[dtype],
-                    markersize=4.5,
-                    color="black",
-                    markerfacecolor=_FILLS[dtype],
-                    label=dtype,
-                )
+            _dots_of_panel(axis, panel, cases, dtypes, value)
             limits = [at for at in map(line, panel) if at]
             if limits:
                 axis.axvline(max(limits), color="black", linestyle="--", linewidth=1.0)
-            for between in range(1, len(cases)):
-                axis.axhline(between - 0.5, color="#cccccc", linewidth=0.6)
             axis.set_title(f"{impl}\n{op}\n{_STATES[state]}", fontsize=7)
-            axis.set_xscale("log")
-            axis.grid(axis="x", which="both", color="#eeeeee")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("")
-            axis.tick_params(labelsize=7, labelbottom=True)
+            _log_axis(axis)
     axes[0, 0].set_yticks(range(len(cases)), cases)
     axes[0, 0].set_ylim(len(cases) - 0.5, -0.5)  # first case on top; shared by every panel
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -121,6 +98,36 @@ def _dots(
     figure.supxlabel(caption, fontsize=8)
     _save(figure, path, results)
     return True
+
+
+def _dots_of_panel(
+    axis: Any, panel: Sequence[Record], cases: Sequence[str], dtypes: Sequence[str], value: Value
+) -> None:
+    for number, dtype in enumerate(dtypes):
+        drawn = [r for r in panel if r.dtype == dtype]
+        # Four dtypes of one case would lie on each other, so each gets its own height.
+        shift = (number - (len(dtypes) - 1) / 2) * 0.8 / len(dtypes)
+        axis.plot(
+            [value(r) for r in drawn],
+            [cases.index(r.case) + shift for r in drawn],
+            linestyle="none",
+            marker=_MARKERS[dtype],
+            markersize=4.5,
+            color="black",
+            markerfacecolor=_FILLS[dtype],
+            label=dtype,
+        )
+    for between in range(1, len(cases)):
+        axis.axhline(between - 0.5, color="#cccccc", linewidth=0.6)
+
+
+def _log_axis(axis: Any) -> None:
+    axis.set_xscale("log")
+    axis.grid(axis="x", which="both", color="#eeeeee")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.tick_params(labelsize=7, labelbottom=True)
 
 
 def host_times(results: Results, path: Path) -> bool:
@@ -174,7 +181,7 @@ def training(
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axis, curves in ((top, losses), (bottom, norms)):
         for number, (name, values) in enumerate(curves.items()):
-            # A wide pale line under thin dashed ones: all stay visible where they coincide.
+            # A thick pale line under thin dashed ones: all stay visible where they coincide.
             style: dict[str, Any] = (
                 {"color": "#c9b27c", "linewidth": 4.0}
                 if number == 0

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, median
 
 import torch
+from torch import Tensor
 
-from benchmarks import implementations, machine, plot
-from benchmarks.gpt import SHAPES
-from benchmarks.implementations import BASELINE, OURS
-from benchmarks.options import positive
-from benchmarks.training import Clip, disagreements, loss_tolerance, train
-from benchmarks.training_results import Training, file_name
-
-OUT = Path(__file__).parent / "out"
+from benchmarks import contenders, machine, plot
+from benchmarks.contenders import BASELINE
+from benchmarks.gpt import GPT, SHAPES, Batches, Shape, read_text
+from benchmarks.plan import OUT, positive
+from benchmarks.report import Progress
+from benchmarks.results import ROWS, RunResults, Training, training_file_name
 
 _EXAMPLES = """examples:
   python -m benchmarks.train                        a small GPT on a CPU, GPT-2 124M in bfloat16 on a GPU
@@ -33,6 +33,165 @@ _EXAMPLES = """examples:
 
 Exit status 1 if loss curves or first gradient norms do not agree.
 """
+
+
+# ---------------------------------------------------------------- side by side
+
+Clip = Callable[..., Tensor]
+
+# The two norms differ in their last digit, and training amplifies that: on a CPU the losses of a step
+# were 1e-6 apart after 150 steps and 2e-4 after 500. A row, the mean over a fifteenth of all steps,
+# moves by 1e-2 only when something is wrong. In bfloat16 torch's norm and every weight have three
+# digits; its tolerance is an estimate.
+_LOSS_TOLERANCES = {"float32": 1e-2, "bfloat16": 5e-2}
+# Before the first update all models have the same gradients. torch's own float32 error is below 1e-6;
+# in bfloat16 it rounds every tensor's norm, and their norm, by up to 2^-9.
+_NORM_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+class Run:
+    """One model in training.
+
+    Args:
+        name: of what clips.
+        clip: torch.nn.utils.clip_grad_norm_, a replacement, or None for no clipping.
+        settings: the command line.
+    """
+
+    def __init__(self, name: str, clip: Clip | None, settings: argparse.Namespace) -> None:
+        torch.manual_seed(settings.seed)
+        self.results = RunResults(name)
+        self._clip = clip
+        self._max_norm: float = settings.max_norm
+        self._device: torch.device = settings.device
+        model = GPT(SHAPES[settings.model]).to(self._device, settings.dtype)
+        self._parameters = list(model.parameters())
+        self._loss: Callable[[Tensor], Tensor] = torch.compile(model) if settings.compile else model
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-3 if settings.model == "small" else 3e-4)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self._parameters)
+
+    def step(self, texts: Sequence[Tensor]) -> None:
+        """Train on one batch, or on several whose gradients are accumulated."""
+        started = self._now()
+        self._optimizer.zero_grad()
+        losses = []
+        for text in texts:
+            loss = self._loss(text) / len(texts)
+            loss.backward()
+            losses.append(loss.detach())
+        norm = None
+        if self._clip is not None:
+            norm, clip_ms = self._timed_clip(self._clip)
+        self._optimizer.step()
+        self.results.step_ms.append(1e3 * (self._now() - started))
+        self.results.losses.append(sum(loss.item() for loss in losses))
+        if norm is not None:
+            self.results.norms.append(norm.item())
+            self.results.clip_ms.append(clip_ms())
+
+    def _timed_clip(self, clip: Clip) -> tuple[Tensor, Callable[[], float]]:
+        """Return the norm, and what tells the milliseconds once the step is over: no wait within it."""
+        if self._device.type != "cuda":
+            before = time.perf_counter()
+            norm = clip(self._parameters, self._max_norm)
+            elapsed = 1e3 * (time.perf_counter() - before)
+            return norm, lambda: elapsed
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        norm = clip(self._parameters, self._max_norm)
+        end.record()
+        return norm, lambda: float(start.elapsed_time(end))
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def train(settings: argparse.Namespace, clips: dict[str, Clip]) -> Training:
+    """Train one model per way to clip and print a row per fifteenth of the steps; Ctrl-C ends it early.
+
+    Args:
+        settings: the command line.
+        clips: name to function; the first is the one to compare with.
+    """
+    shape: Shape = SHAPES[settings.model]
+    batches = Batches(read_text(settings.text), shape.context, settings.batch, settings.seed)
+    clipped = [Run(name, clip, settings) for name, clip in clips.items()]
+    runs = [*clipped, Run("no clipping", None, settings)]
+    every = max(1, settings.steps // ROWS)
+    with Progress(settings.steps) as progress:
+        names = "".join(f" {name:>21}" for name in clips)
+        progress.write(f"{'mean loss':>13}{names} {'norm':>8} {'clipped':>8}")
+        try:
+            for number in range(settings.steps):
+                texts = [batches.next().to(settings.device) for _ in range(settings.accumulate)]
+                # Another run begins at every step, so that no run always finds the caches warm.
+                first = number % len(runs)
+                for run in runs[first:] + runs[:first]:
+                    run.step(texts)
+                progress.label("loss " + " ".join(f"{run.results.losses[-1]:.3f}" for run in clipped))
+                progress.advance(1)
+                if (number + 1) % every == 0:
+                    steps = slice(number + 1 - every, number + 1)
+                    progress.write(_row([run.results for run in clipped], steps, settings.max_norm))
+        except KeyboardInterrupt:
+            progress.write("Interrupted: what follows is about the steps taken so far.")
+    taken = min(len(run.results.losses) for run in runs)
+    for run in runs:
+        run.results.cut(taken)
+    return Training(
+        machine=machine.describe(settings.device),
+        model=settings.model,
+        parameters=runs[0].parameters,
+        dtype=str(settings.dtype).removeprefix("torch."),
+        max_norm=settings.max_norm,
+        batch=settings.batch,
+        accumulate=settings.accumulate,
+        compiled=settings.compile,
+        clipped=[run.results for run in clipped],
+        unclipped=runs[-1].results,
+    )
+
+
+def loss_tolerance(result: Training) -> float:
+    """Return how far the mean losses of a row may be apart."""
+    return _LOSS_TOLERANCES[result.dtype]
+
+
+def disagreements(result: Training) -> list[str]:
+    """Return a sentence for every way in which a run differs from the first by more than it may."""
+    found = []
+    expected = result.clipped[0]
+    norm_tolerance, loss_limit = _NORM_TOLERANCES[result.dtype], loss_tolerance(result)
+    for run in result.clipped[1:]:
+        norm_error = abs(run.norms[0] - expected.norms[0]) / expected.norms[0]
+        if not norm_error <= norm_tolerance:
+            found.append(
+                f"the first gradient norms differ by {norm_error:.1e}, {norm_tolerance:.0e} is allowed: "
+                f"{expected.norms[0]:.6g} by {expected.name}, {run.norms[0]:.6g} by {run.name}"
+            )
+        worst = next((d for d in result.row_differences(run) if not d <= loss_limit), None)
+        if worst is not None:
+            found.append(
+                f"the losses of {run.name} and {expected.name} differ by {worst:.1e} over a row, "
+                f"{loss_limit:.0e} is allowed"
+            )
+    return found
+
+
+def _row(runs: Sequence[RunResults], steps: slice, max_norm: float) -> str:
+    norms = runs[0].norms[steps]
+    clipped = sum(norm > max_norm for norm in norms) / len(norms)
+    columns = "".join(f" {fmean(run.losses[steps]):>21.4f}" for run in runs)
+    span = f"{steps.start + 1}-{steps.stop}"
+    return f"{span:>13}{columns} {fmean(norms):>8.3f} {clipped:>8.0%}"
+
+
+# ---------------------------------------------------------------- command line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,15 +227,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def clips(device: torch.device) -> dict[str, Clip]:
-    """Return torch's clipping and that of every backend that serves the device, by name.
+    """Return torch's clipping and that of every backend that handles the device, by name.
 
     Each is tried first, because a Triton without a C compiler shows only then: it is left out, with the
     reason, and the others train.
     """
-    found, _ = implementations.available(device)
-    serving = {}
+    found, _ = contenders.available(device)
+    usable = {}
     for name, implementation in found.items():
-        if name != BASELINE and not name.startswith(OURS):
+        if name != BASELINE and not implementation.is_ours:
             continue
         clip = implementation.functions["clip_grad_norm_"]
         parameter = torch.nn.Parameter(torch.ones(2, device=device))
@@ -86,8 +245,8 @@ def clips(device: torch.device) -> dict[str, Clip]:
         except Exception as error:
             print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
         else:
-            serving[name] = clip
-    return serving
+            usable[name] = clip
+    return usable
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -109,9 +268,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda. Default: auto")
     add("--threads", type=positive, default=1, help="CPU threads; so small a model gains little. Default: 1")
     add("--seed", type=int, default=0, help="of weights and batches. Default: %(default)s")
-    add(
-        "--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>-train.json"
-    )
+    note = "default: benchmarks/out/<device>-torch<version>-train.jsonl"
+    add("--json", type=Path, metavar="FILE", help=note)
     settings = parser.parse_args(argv)
     if not settings.max_norm >= 0.0:
         parser.error(f"--max-norm must be 0 or more, got {settings.max_norm}")
@@ -125,22 +283,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = settings.device.type == "cuda"
     settings.model = settings.model or ("gpt2-124m" if on_gpu else "small")
     settings.dtype = torch.bfloat16 if on_gpu else torch.float32
-    settings.json = settings.json or OUT / file_name(machine.file_name(settings.device))
+    settings.json = settings.json or OUT / training_file_name(machine.file_name(settings.device))
     return settings
 
 
 def _print_summary(result: Training) -> None:
     runs = [*result.clipped, result.unclipped]
-    wide = max(16, *(len(run.name) + 1 for run in runs))
+    width = max(16, *(len(run.name) + 1 for run in runs))
 
     def line(title: str, values: Sequence[str]) -> None:
-        print(f"{title:<26}" + "".join(f"{value:>{wide}}" for value in values))
+        print(f"{title:<26}" + "".join(f"{value:>{width}}" for value in values))
 
     print(f"\n{result.model}, {result.parameters:,} parameters, {result.dtype}, max_norm {result.max_norm:g}")
     line("", [run.name for run in runs])
-    line("step, median", [f"{statistics.median(run.step_ms):.2f} ms" for run in runs])
+    line("step, median", [f"{median(run.step_ms):.2f} ms" for run in runs])
     clipped = result.clipped
-    line("of which clipping, median", [f"{statistics.median(run.clip_ms):.3f} ms" for run in clipped])
+    line("of which clipping, median", [f"{median(run.clip_ms):.3f} ms" for run in clipped])
     line("share of the step, median", [f"{run.clip_share:.2%}" for run in clipped])
     line(f"active, of {result.steps} steps", [str(run.active(result.max_norm)) for run in clipped])
     line("gradient norm, largest", [f"{max(run.norms):.4f}" for run in clipped])

@@ -11,18 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_case import CPU, SETTINGS, SMALL
 from torch import Tensor
 
-from benchmarks import peers, suite
-from benchmarks.implementations import Implementation, available
-from benchmarks.machine import Bandwidths
-from benchmarks.operations import OPERATIONS
-from benchmarks.shapes import Case
-from benchmarks.suite import Settings
+from benchmarks import contenders, measure
+from benchmarks.cases import OPERATIONS, STEP
+from benchmarks.contenders import available
 
-CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # only named: no tensor is made there
-SMALL = Case("small", "made up for the tests", ((30, 70), (128,), (7, 5)))
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
@@ -64,7 +60,7 @@ def fake_transformer_engine(monkeypatch: pytest.MonkeyPatch, *, scales_by_tensor
         **{"multi_tensor_scale_tensor": scale} if scales_by_tensor else {},
     )
     zeros = lambda *size, dtype, device: torch.zeros(*size, dtype=dtype)
-    monkeypatch.setattr(peers, "torch", SimpleNamespace(**{**vars(torch), "zeros": zeros}))
+    monkeypatch.setattr(contenders, "torch", SimpleNamespace(**{**vars(torch), "zeros": zeros}))
 
 
 def fake_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,15 +87,15 @@ def fake_nemo_automodel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAKES = {
-    "apex": (peers.apex, GPU, fake_apex),
+    "apex": (contenders.apex, GPU, fake_apex),
     "transformer_engine": (
-        peers.transformer_engine, GPU, partial(fake_transformer_engine, scales_by_tensor=True)
+        contenders.transformer_engine, GPU, partial(fake_transformer_engine, scales_by_tensor=True)
     ),
     "transformer_engine of old": (
-        peers.transformer_engine, GPU, partial(fake_transformer_engine, scales_by_tensor=False)
+        contenders.transformer_engine, GPU, partial(fake_transformer_engine, scales_by_tensor=False)
     ),
-    "deepspeed": (peers.deepspeed, CPU, fake_deepspeed),
-    "nemo_automodel": (peers.nemo_automodel, CPU, fake_nemo_automodel),
+    "deepspeed": (contenders.deepspeed, CPU, fake_deepspeed),
+    "nemo_automodel": (contenders.nemo_automodel, CPU, fake_nemo_automodel),
 }  # fmt: skip
 
 
@@ -108,20 +104,18 @@ FAKES = {
 def test_each_is_called_as_it_wants_to_be(which: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, device, make = FAKES[which]
     make(monkeypatch)
-    functions, version, note = function(device)
-    assert version != "unknown"
-    assert note
-    peer = Implementation("peer", True, functions)
+    peer = function(device)
+    assert peer.version != "unknown"
+    assert peer.note
     torchs = available(CPU)[0]["torch.nn.utils"]
-    monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
-    settings = Settings(CPU, lambda: Bandwidths(10.0, 20.0), repeats=1, seconds=0.0)
-    for _, record in suite.measure_case(SMALL, dtype, OPERATIONS, [torchs, peer], settings):
-        if record.op in functions:
+    for _, record in measure.measure_case(SMALL, dtype, OPERATIONS, [torchs, peer], SETTINGS):
+        function = record.op.removesuffix(STEP)
+        if function in peer.functions:
             assert record.ok, record.problem
         else:  # a row that says so, not a missing row
             assert not record.ok
             assert record.p50_us is None
-            assert record.problem == f"peer has no {record.op}"
+            assert record.problem == f"{peer.name} has no {function}"
 
 
 def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +128,14 @@ def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert missing["transformer_engine"] == "its kernels need a GPU"
     assert "nemo_automodel" in missing["nemo_automodel"]
     with pytest.raises(ModuleNotFoundError, match="amp_C"):  # without its kernels it would be torch
-        peers.apex(GPU)
-    with pytest.raises(peers.Missing, match="set up for cpu"):
-        peers.deepspeed(GPU)
+        contenders.apex(GPU)
+    with pytest.raises(contenders.Missing, match="set up for cpu"):
+        contenders.deepspeed(GPU)
 
 
 def test_one_that_breaks_on_import_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def undefined_symbol(device: torch.device) -> None:
         raise OSError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setitem(peers.ALL, "apex", undefined_symbol)
+    monkeypatch.setitem(contenders.PEERS, "apex", undefined_symbol)
     assert "undefined symbol" in available(CPU)[1]["apex"]

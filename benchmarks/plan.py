@@ -6,19 +6,19 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from benchmarks import check, implementations, machine
-from benchmarks.implementations import BASELINE, Implementation
-from benchmarks.operations import OPERATIONS, Operation
-from benchmarks.options import positive
+from benchmarks import contenders, machine, results
+from benchmarks.cases import CASES, DEFAULT_CASES, DTYPES, OPERATIONS, Case, Operation, why_not_measurable
+from benchmarks.contenders import BASELINE, LOOP, Implementation
+from benchmarks.measure import ENOUGH_REPEATS
 from benchmarks.results import Results, Skipped
-from benchmarks.shapes import CASES, DEFAULT_CASES, Case
-from benchmarks.timing import ENOUGH_REPEATS
-from benchmarks.workload import DTYPES, obstacle
 
+# The operations to be measured, by case and dtype.
+Work = dict[tuple[Case, str], list[Operation]]
 OUT = Path(__file__).parent / "out"
 
 
@@ -28,31 +28,35 @@ class Extent:
 
     Args:
         cases, dtypes: names.
+        step_cases: those on which AdamW's step is measured, too, unless --ops names it; a step takes
+            several times as long as clipping.
         loop: whether torch's loop is measured, too.
         seconds: for one operation on one case, if the repeats allow.
-        host_rounds: see host.py.
+        host_rounds: see measure.host_times.
     """
 
     cases: tuple[str, ...]
+    step_cases: tuple[str, ...]
     dtypes: tuple[str, ...]
     loop: bool
     seconds: float
     host_rounds: int
 
 
-QUICK = Extent(DEFAULT_CASES, ("float32",), loop=False, seconds=0.5, host_rounds=3)
-USUAL = Extent(DEFAULT_CASES, ("float32", "bfloat16"), loop=False, seconds=3.0, host_rounds=10)
-FULL = Extent(tuple(CASES), DTYPES, loop=True, seconds=0.5, host_rounds=10)
+QUICK = Extent(DEFAULT_CASES, DEFAULT_CASES[1:], ("float32",), loop=False, seconds=0.5, host_rounds=3)
+USUAL = Extent(DEFAULT_CASES, DEFAULT_CASES, ("float32", "bfloat16"), loop=False, seconds=3.0, host_rounds=10)
+FULL = Extent(tuple(CASES), DEFAULT_CASES, DTYPES, loop=True, seconds=0.5, host_rounds=10)
 
 _EXAMPLES = """examples:
   python -m benchmarks                  the default cases, on the GPU if there is one
-  python -m benchmarks --quick          the same in under a minute: float32, fewer repeats
+  python -m benchmarks --quick          the same in about a minute: float32, fewer repeats
   python -m benchmarks --full           all cases, dtypes and implementations
   python -m benchmarks --full --resume  the rest of it, if something ended it
-  python -m benchmarks --check before.json
+  python -m benchmarks --check before.jsonl
   python -m benchmarks --list           what --cases, --dtypes, --ops and --impls accept here
   python -m benchmarks --cases resnet-50 vit-b-16 --dtypes float32 mixed
   python -m benchmarks --cases all --ops get_total_norm clip_grad_norm_:clipped
+  python -m benchmarks --cases all --ops clip_grad_norm_+adamw
   python -m benchmarks --impls foreach loop --device cpu --repeats 30
 
 Every implementation is compared with float64 before it is timed: one that is wrong is shown
@@ -62,7 +66,7 @@ names the hardware and the versions, no path, user or host.
 """
 
 
-class Unusable(Exception):
+class UsageError(Exception):
     """What was asked for cannot be measured here; the message says why and what to do."""
 
 
@@ -74,9 +78,8 @@ class Plan:
         device: where.
         found, missing: implementations that can be measured here, and why others cannot.
         chosen: those to be measured.
-        pairs: cases and dtypes to be measured.
-        skipped: cases and dtypes that cannot be.
-        operations: which calls.
+        work: operations to be measured, by case and dtype.
+        skipped: what cannot be measured.
         repeats, extent: how long.
         path: of the results file.
         before: the results to compare with, or None.
@@ -87,14 +90,21 @@ class Plan:
     found: dict[str, Implementation]
     missing: dict[str, str]
     chosen: list[Implementation]
-    pairs: list[tuple[Case, str]]
+    work: Work
     skipped: list[Skipped]
-    operations: list[Operation]
     repeats: int | None
     extent: Extent
     path: Path
     before: Results | None
     kept: Results | None
+
+
+def positive(text: str) -> int:
+    """Return ``text`` as an integer of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = parser.add_mutually_exclusive_group()
-    note = "float32, fewer repeats: under a minute on two idle cores"
+    note = "float32, fewer repeats: about a minute on two idle cores"
     size.add_argument("--quick", dest="extent", action="store_const", const=QUICK, default=USUAL, help=note)
     note = "all cases and dtypes, and torch's loop, too"
     size.add_argument("--full", dest="extent", action="store_const", const=FULL, help=note)
@@ -123,7 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<index>. Default: auto")
     note = f"calls of each. Default: what a few seconds allow, {ENOUGH_REPEATS} at least"
     add("--repeats", type=positive, metavar="N", help=note)
-    add("--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>.json")
+    add("--json", type=Path, metavar="FILE", help="default: benchmarks/out/<device>-torch<version>.jsonl")
     add("--resume", action="store_true", help="measure only what the results file does not have yet")
     note = "exit with 1 if a case is slower than in FILE beyond its own noise"
     add("--check", type=Path, metavar="FILE", help=note)
@@ -137,25 +147,22 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """Return the plan for the options.
 
     Raises:
-        Unusable: they name something that does not exist here.
+        UsageError: they name something that does not exist here.
     """
     extent: Extent = arguments.extent
     device = _device(arguments.device)
-    found, missing = implementations.available(device)
+    found, missing = contenders.available(device)
     cases = [CASES[name] for name in _chosen("case", arguments.cases or extent.cases, list(CASES))]
     dtypes = _chosen("dtype", arguments.dtypes or extent.dtypes, DTYPES)
     path = _results_path(arguments.json, device)
-    # Looked at once, before anything is allocated: later, torch's allocators keep what they have.
-    cache, free = machine.cache_bytes(device), machine.free_bytes(device)
-    obstacles = {(c.name, d): obstacle(c, d, cache, free) for c in cases for d in dtypes}
+    work, skipped = _work(cases, dtypes, arguments.ops, extent, device)
     return Plan(
         device=device,
         found=found,
         missing=missing,
         chosen=_implementations(arguments.impls, extent, found, missing),
-        pairs=[(c, d) for c in cases for d in dtypes if obstacles[c.name, d] is None],
-        skipped=[Skipped(c, d, reason) for (c, d), reason in obstacles.items() if reason is not None],
-        operations=_operations(arguments.ops),
+        work=work,
+        skipped=skipped,
         repeats=arguments.repeats,
         extent=extent,
         path=path,
@@ -164,24 +171,47 @@ def plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
+def _work(
+    cases: Sequence[Case], dtypes: Sequence[str], names: Sequence[str], extent: Extent, device: torch.device
+) -> tuple[Work, list[Skipped]]:
+    """Return what to measure and what cannot be measured."""
+    # Read once, before anything is allocated: later, torch's allocators keep the memory they have.
+    cache, free = machine.cache_bytes(device), machine.free_bytes(device)
+    work: Work = {}
+    skipped = []
+    for case, dtype in product(cases, dtypes):
+        operations = _operations(names)
+        if "all" in names and case.name not in extent.step_cases:
+            operations = [o for o in operations if not o.with_step]
+        reasons = {o: why_not_measurable(case, dtype, o, cache, free) for o in operations}
+        measurable = [o for o, reason in reasons.items() if reason is None]
+        messages = [reason for reason in dict.fromkeys(reasons.values()) if reason is not None]
+        if measurable:
+            work[case, dtype] = measurable
+        else:
+            messages = messages[:1]
+        skipped += [Skipped(case.name, dtype, message) for message in messages]
+    return work, skipped
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise Unusable(f"there is no device {name!r}: use auto, cpu, cuda or cuda:<index>") from None
+        raise UsageError(f"there is no device {name!r}: use auto, cpu, cuda or cuda:<index>") from None
     if device.type not in ("cpu", "cuda"):
-        raise Unusable(f"--device {name}: only cpu and cuda are measured so far")
+        raise UsageError(f"--device {name}: only cpu and cuda are measured so far")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise Unusable(
+            raise UsageError(
                 f"--device {name}: no GPU was found. Is this a CUDA build of torch (here: "
                 f"{torch.__version__})? Use --device cpu to measure the CPU"
             )
         count, index = torch.cuda.device_count(), device.index or 0
         if index >= count:
-            raise Unusable(f"--device {name}: there are {count} GPUs, the last one is cuda:{count - 1}")
+            raise UsageError(f"--device {name}: there are {count} GPUs, the last one is cuda:{count - 1}")
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)
     return device
@@ -192,7 +222,7 @@ def _chosen(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
     wanted = set(known) if "all" in names else set(names)
     unknown = wanted - set(known)
     if unknown:
-        raise Unusable(f"unknown {kind} {', '.join(sorted(unknown))}; there are: {', '.join(known)}, all")
+        raise UsageError(f"unknown {kind} {', '.join(sorted(unknown))}; there are: {', '.join(known)}, all")
     return [name for name in known if name in wanted]
 
 
@@ -209,46 +239,46 @@ def _implementations(
 ) -> list[Implementation]:
     """Return the chosen implementations; torch.nn.utils always, because ratios need it."""
     if names is None:
-        return [found[name] for name in (found if extent.loop else implementations.default_names(found))]
-    full = [implementations.full_name(name) for name in names]
+        return [i for i in found.values() if extent.loop or i.name != LOOP]
+    full = [contenders.full_name(name) for name in names]
     for name in full:
         if name in missing:
-            raise Unusable(f"{name} cannot be measured here: {missing[name]}")
+            raise UsageError(f"{name} cannot be measured here: {missing[name]}")
     return [found[name] for name in _chosen("implementation", [BASELINE, *full], list(found))]
 
 
 def _results_path(path: Path | None, device: torch.device) -> Path:
     """Return where the results go, having looked now, not after the work, whether they can go there."""
-    path = path or OUT / f"{machine.file_name(device)}.json"
+    path = path or OUT / f"{machine.file_name(device)}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unusable(f"--json {path} cannot be written: {error.strerror}") from None
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Unusable(f"--json {path} cannot be written: it is a folder, or write-protected")
+        raise UsageError(f"--json {path} cannot be written: it is a folder, or write-protected")
     return path
 
 
 def _before(path: Path | None, device: torch.device) -> Results | None:
     if path is None:
         return None
-    results = _read("--check", path, device, check.SAME_MACHINE)
-    if not check.has_noise(results):
-        raise Unusable(f"--check {path}: it holds no noise to judge by (speedup_p20): measure it again")
-    return results
+    before = _read("--check", path, device, results.SAME_MACHINE)
+    if not results.has_noise(before):
+        raise UsageError(f"--check {path}: it holds no noise to judge by (speedup_p20): measure it again")
+    return before
 
 
 def _kept(resume: bool, path: Path, device: torch.device) -> Results | None:
-    return _read("--resume", path, device, check.SAME_CODE) if resume and path.exists() else None
+    return _read("--resume", path, device, results.SAME_CODE) if resume and path.exists() else None
 
 
 def _read(option: str, path: Path, device: torch.device, same: Sequence[str]) -> Results:
-    """Return the results in a file, if they were measured here."""
+    """Return the results in a file, if they are comparable with this machine in the fields ``same``."""
     try:
-        results = Results.load(path)
+        read = Results.load(path)
     except ValueError as error:
-        raise Unusable(f"{option}: {error}") from None
-    reason = check.incomparable(Results(machine.describe(device)), results, same)
+        raise UsageError(f"{option}: {error}") from None
+    reason = results.why_incomparable(machine.describe(device), read.machine, same)
     if reason is not None:
-        raise Unusable(f"{option} {path}: {reason}")
-    return results
+        raise UsageError(f"{option} {path}: {reason}")
+    return read

@@ -1,36 +1,106 @@
-"""Other libraries' clipping: one function each, which says what the library can do here.
+"""Who is measured: torch.nn.utils, every backend of gradclip_ext, and other libraries (peers) if installed.
 
-Each function imports its library, returns a Peer, and raises Missing with the reason where it
-cannot be measured. An operation that is not among its functions is one the library does not
-offer; it gets a row that says so. None of the libraries is needed, and none is installed here:
-what they return is judged by the gate like everybody's.
+There is one function per peer, which imports the library, returns its Implementation, and raises
+Missing with the reason if it cannot be measured here. An operation that is not among the functions of
+an implementation is not offered by the library; it gets a row that says so. None of the peers is a
+dependency, and the gate judges their results like all others.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+import gradclip_ext
+from benchmarks.cases import FUNCTIONS, grads
+from gradclip_ext import backends
+
+BASELINE = "torch.nn.utils"
+LOOP = f"{BASELINE}[loop]"
+_OURS = "gradclip_ext["
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to clip.
+
+    Args:
+        name: the ``impl`` of a record.
+        functions: name of a function of torch.nn.utils to a function with its leading arguments.
+        version: of another library; None for torch and ours, which the machine block has.
+        note: its limits, for people.
+    """
+
+    name: str
+    functions: Mapping[str, Callable[..., Any]]
+    version: str | None = None
+    note: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.name)
+
+
+def is_ours(name: str) -> bool:
+    """Tell a backend of gradclip_ext by the ``impl`` of its records."""
+    return name.startswith(_OURS)
+
+
+def available(device: torch.device) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Return what can be measured on this device by name, and for the rest the reason why not."""
+    found = [
+        Implementation(BASELINE, _functions(torch.nn.utils)),
+        Implementation(LOOP, _functions(torch.nn.utils, foreach=False), note="one tensor at a time"),
+    ]
+    missing = {}
+    for backend_name, backend in backends.ALL.items():
+        name = f"{_OURS}{backend_name}]"
+        reason = backend.why_unavailable(device)
+        if reason is None:
+            found.append(Implementation(name, _functions(gradclip_ext, backend=backend_name)))
+        else:
+            missing[name] = reason
+    for name, peer in PEERS.items():
+        try:
+            found.append(peer(device))
+        except Missing as error:
+            missing[name] = str(error)
+        except ModuleNotFoundError as error:
+            missing[name] = f"{error.name} is not installed"
+        except Exception as error:  # a library built for another torch raises anything on import
+            missing[name] = f"it cannot be imported: {type(error).__name__}: {error}"
+    return {implementation.name: implementation for implementation in found}, missing
+
+
+def full_name(name: str) -> str:
+    """Return the name in a record for the short one a person types: torch, loop or a backend's name."""
+    short = {"torch": BASELINE, "loop": LOOP}
+    if name in short:
+        return short[name]
+    return f"{_OURS}{name}]" if name in backends.ALL else name
+
+
+def _functions(module: ModuleType, **fixed: Any) -> dict[str, Callable[..., Any]]:
+    return {name: partial(getattr(module, name), **fixed) for name in FUNCTIONS}
+
+
+# ---------------------------------------------------------------- peers
 
 
 class Missing(Exception):
     """A library cannot be measured here; the message says why."""
 
 
-class Peer(NamedTuple):
-    """What a library offers: functions by operation, its version, and its limits, for people."""
-
-    functions: Mapping[str, Callable[..., Any]]
-    version: str
-    note: str
-
-
-def apex(device: torch.device) -> Peer:
+def apex(device: torch.device) -> Implementation:
     """NVIDIA apex's fused norm and scaling."""
     clip_grad = importlib.import_module("apex.contrib.clip_grad")
     if device.type != "cuda":
@@ -43,7 +113,7 @@ def apex(device: torch.device) -> Peer:
     )
 
 
-def transformer_engine(device: torch.device) -> Peer:
+def transformer_engine(device: torch.device) -> Implementation:
     """TransformerEngine's multi-tensor norm and scaling, put together as Megatron-LM does."""
     if device.type != "cuda":
         raise Missing("its kernels need a GPU")
@@ -63,15 +133,15 @@ def transformer_engine(device: torch.device) -> Peer:
         return norm.view(())
 
     def clip_grad_norm_(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
-        grads = _grads(parameters)
-        norm = get_total_norm(grads)
+        gradients = grads(parameters)
+        norm = get_total_norm(gradients)
         clip_coef = max_norm / (norm + 1e-6)
         if scale_by_tensor is not None:
             clip_coef = clip_coef.clamp(max=1.0)
-            for group in _by_dtype(grads):
+            for group in _by_dtype(gradients):
                 apply(scale_by_tensor, flag(), [group, group], clip_coef)
         elif not (coef := clip_coef.item()) >= 1.0:  # written so that NaN scales, too
-            for group in _by_dtype(grads):
+            for group in _by_dtype(gradients):
                 apply(optimizers.multi_tensor_scale, flag(), [group, group], coef)
         return norm
 
@@ -87,15 +157,15 @@ def transformer_engine(device: torch.device) -> Peer:
     )
 
 
-def deepspeed(device: torch.device) -> Peer:
+def deepspeed(device: torch.device) -> Implementation:
     """DeepSpeed's clipping as its bfloat16 optimizer calls it, on one rank."""
     utils = importlib.import_module("deepspeed.runtime.utils")
-    served = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
-    if served != device.type:
-        raise Missing(f"it is set up for {served} (DS_ACCELERATOR={device.type} changes that)")
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
+    if accelerator != device.type:
+        raise Missing(f"it is set up for {accelerator} (DS_ACCELERATOR={device.type} changes that)")
 
     def clip_grad_norm_(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
-        norm: Tensor = utils.clip_tensors_by_global_norm(_grads(parameters), max_norm)
+        norm: Tensor = utils.clip_tensors_by_global_norm(grads(parameters), max_norm)
         return norm
 
     return _peer(
@@ -105,7 +175,7 @@ def deepspeed(device: torch.device) -> Peer:
     )
 
 
-def nemo_automodel(device: torch.device) -> Peer:
+def nemo_automodel(device: torch.device) -> Implementation:
     """NeMo Automodel's clipping, which takes the parts of a model."""
     utils = importlib.import_module("nemo_automodel.components.training.utils")
 
@@ -127,7 +197,7 @@ def nemo_automodel(device: torch.device) -> Peer:
     )
 
 
-ALL = {
+PEERS = {
     "apex": apex,
     "transformer_engine": transformer_engine,
     "deepspeed": deepspeed,
@@ -135,16 +205,12 @@ ALL = {
 }
 
 
-def _peer(name: str, functions: dict[str, Callable[..., Any]], note: str) -> Peer:
+def _peer(name: str, functions: dict[str, Callable[..., Any]], note: str) -> Implementation:
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:  # a build from a checkout, on the path only
         version = getattr(importlib.import_module(name), "__version__", "unknown")
-    return Peer(functions, version, note)
-
-
-def _grads(parameters: Sequence[Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    return Implementation(name, functions, version, note)
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 import gradclip_ext
-from benchmarks import plot, train, training, training_results
+from benchmarks import plot, report, train
+from benchmarks.cases import CASES
 from benchmarks.gpt import GPT, SHAPES
-from benchmarks.shapes import CASES
-from benchmarks.training_results import Training
+from benchmarks.results import Training, is_training
 from gradclip_ext import backends
 
 SHORT = ["--device", "cpu", "--steps", "6", "--batch", "2"]
 
 
 def test_training_agrees_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "cpu-train.json"
+    path = tmp_path / "cpu-train.jsonl"
     assert train.main([*SHORT, "--accumulate", "2", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "The curves agree" in printed
@@ -31,8 +31,8 @@ def test_training_agrees_and_reports(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [run.name for run in found.clipped] == list(train.clips(torch.device("cpu")))
     assert all(len(run.losses) == len(run.norms) == len(run.clip_ms) == 6 for run in found.clipped)
     assert len(found.unclipped.step_ms) == 6
-    assert training_results.is_one(path)
-    assert f"differ by {found.difference():.1e} at most" in training_results.sentence(path)
+    assert is_training(path)
+    assert f"differ by {found.difference():.1e} at most" in report.training_sentence(path)
 
 
 def test_a_backend_that_fails_is_left_out(
@@ -52,7 +52,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     settings = train.parse(SHORT)
     norms = []
     for texts in ([text], [text[:2], text[2:]]):
-        run = training.Run("torch", torch.nn.utils.clip_grad_norm_, settings)
+        run = train.Run("torch", torch.nn.utils.clip_grad_norm_, settings)
         run.step(texts)
         norms += run.results.norms
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -80,24 +80,24 @@ def _norm_of_the_first(parameters: list[Tensor], max_norm: float) -> Tensor:
 def test_training_notices_wrong_clipping(clip: Callable[..., Tensor], message: str) -> None:
     settings = train.parse([*SHORT, "--steps", "10", "--max-norm", "1e-7"])
     clips = {"torch.nn.utils": torch.nn.utils.clip_grad_norm_, "wrong": clip}
-    problems = training.disagreements(training.train(settings, clips))
+    problems = train.disagreements(train.train(settings, clips))
     assert any(message in problem for problem in problems)
 
 
 def test_interrupted_training_keeps_its_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = training.Run.step
+    step = train.Run.step
     calls = []
 
-    def interrupted(run: training.Run, texts: list[Tensor]) -> None:
+    def interrupted(run: train.Run, texts: list[Tensor]) -> None:
         calls.append(run)
         if len(calls) > 10:
             raise KeyboardInterrupt
         step(run, texts)
 
-    monkeypatch.setattr(training.Run, "step", interrupted)
-    path = tmp_path / "train.json"
+    monkeypatch.setattr(train.Run, "step", interrupted)
+    path = tmp_path / "train.jsonl"
     assert train.main([*SHORT, "--json", str(path)]) == 130
     assert "Interrupted" in capsys.readouterr().out
     assert Training.load(path).steps == 10 // (len(train.clips(torch.device("cpu"))) + 1)

@@ -36,8 +36,24 @@ def test_readme_is_made_from_the_results_files() -> None:
     assert report.replaced(text, report.readme_block(report.load())) == text, REMEDY
 
 
-def test_full_tables_are_made_from_the_results_files() -> None:
-    assert (report.FOLDER / "README.md").read_text() == report.full_tables(report.load()), REMEDY
+def test_index_is_made_from_the_results_files() -> None:
+    text = (report.FOLDER / "README.md").read_text()
+    assert text == report.index(report.load()), REMEDY
+    assert len(text.splitlines()) <= 30 * (1 + len(report.load()))
+
+
+def test_every_row_of_a_file_is_printed(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    results.save(path)
+    assert report.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"gradclip_ext\[cpu\] +14 ms .* 86 % +2.72x +2.50x-2.90x", printed)
+    assert "NOT OK: the norm is off" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert report.main([str(tmp_path / "missing.jsonl")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_figures_are_made_from_the_results_files() -> None:
@@ -61,7 +77,8 @@ def test_a_changed_file_is_noticed(results: Results) -> None:
     slower = replace(RECORD, speedup_vs_torch=2.71)
     changed = Results(MACHINE, [slower, *results.records[1:]], results.host, results.skipped)
     assert report.readme_block({"a": changed}) != block
-    assert report.full_tables({"a": changed}) != report.full_tables({"a": results})
+    faster_memory = Results({**MACHINE, "read_gbps": 41.0}, results.records)
+    assert report.index({"a": faster_memory}) != report.index({"a": results})
     assert plot.fingerprint(changed) != plot.fingerprint(results)
 
 
@@ -76,7 +93,6 @@ def test_the_report_says_what_is_in_the_file(results: Results) -> None:
     assert "There is no results file of a GPU yet." in block
     on_gpu = Results({**MACHINE, "gpu": "A GPU", "driver": "1", "cuda": "13.0"}, results.records)
     assert "no results file of a GPU" not in report.readme_block({"a": results, "b": on_gpu})
-    assert "2.72x (2.50x to 2.90x)" in report.full_tables({"a": results})
 
 
 @pytest.mark.skipif(not plot.available(), reason="matplotlib is not installed")
@@ -91,3 +107,9 @@ def test_figures_carry_their_fingerprint(results: Results, tmp_path: Path) -> No
 def test_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="no pair of markers"):
         report.replaced("no markers", "block")
+
+
+def test_the_report_says_what_a_step_gains(results: Results) -> None:
+    step = replace(RECORD, op="clip_grad_norm_+adamw", speedup_vs_torch=1.04)
+    block = report.readme_block({"a": Results(MACHINE, [RECORD, step])})
+    assert "(unclipped) and AdamW's step together, on new gradients: 1.04x on gpt2-124m in float32." in block

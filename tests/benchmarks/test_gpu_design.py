@@ -11,10 +11,10 @@ import torch
 from toolkit import find_toolkit
 from torch import Tensor
 
-from benchmarks import clocks, gpu_design
-from benchmarks.clocks import Call
+from benchmarks import gpu_design, machine
+from benchmarks.cases import Case
 from benchmarks.gpu_design import MEASUREMENTS, Bench, Finding
-from benchmarks.shapes import Case
+from benchmarks.machine import Call
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ class FakeProbes(gpu_design.Probes):
 
 def findings(number: int, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
     monkeypatch.setattr(gpu_design, "Probes", FakeProbes)
-    monkeypatch.setattr(clocks, "host_us", clocks.wall_us)
+    monkeypatch.setattr(machine, "host_us", machine.wall_us)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 << 30, 4 << 30))
     return list(MEASUREMENTS[number](FakeBench()))
 

@@ -1,0 +1,359 @@
+"""What is measured: the parameter shapes, the operations, and the gradients they run on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from benchmarks.machine import Bandwidths, Call
+from gradclip_ext import reference
+
+# ---------------------------------------------------------------- shapes
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A list of gradient shapes.
+
+    Args:
+        name: what ``--cases`` calls it.
+        source: where the shapes come from.
+        shapes: one entry per tensor, in the order of ``model.parameters()``.
+    """
+
+    name: str
+    source: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def tensors(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def numel(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def _gpt2() -> list[Shape]:
+    width = 768
+    block: list[Shape] = [
+        (width,), (width,),  # ln_1
+        (width, 3 * width), (3 * width,), (width, width), (width,),  # attn; Conv1D stores (in, out)
+        (width,), (width,),  # ln_2
+        (width, 4 * width), (4 * width,), (4 * width, width), (width,),  # mlp
+    ]  # fmt: skip
+    return [(50257, width), (1024, width), *block * 12, (width,), (width,)]
+
+
+def _resnet50() -> list[Shape]:
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for index in range(blocks):
+            for outputs, inputs, kernel in ((width, channels, 1), (width, width, 3), (4 * width, width, 1)):
+                shapes += [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
+            if index == 0:
+                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def _vit_b16() -> list[Shape]:
+    width = 768
+    block: list[Shape] = [
+        (width,), (width,),  # ln_1
+        (3 * width, width), (3 * width,), (width, width), (width,),  # self_attention
+        (width,), (width,),  # ln_2
+        (4 * width, width), (4 * width,), (width, 4 * width), (width,),  # mlp
+    ]  # fmt: skip
+    head: list[Shape] = [(width,), (width,), (1000, width), (1000,)]
+    return [(1, 1, width), (width, 3, 16, 16), (width,), (1, 197, width), *block * 12, *head]
+
+
+_LLAMA_WIDTH, _LLAMA_KV, _LLAMA_MLP, _LLAMA_VOCABULARY, _LLAMA_LAYERS = 4096, 1024, 14336, 128256, 32
+_LLAMA_MATRICES: list[tuple[int, int]] = [  # (out, in) of q, k, v, o, gate, up, down
+    (_LLAMA_WIDTH, _LLAMA_WIDTH),
+    (_LLAMA_KV, _LLAMA_WIDTH),
+    (_LLAMA_KV, _LLAMA_WIDTH),
+    (_LLAMA_WIDTH, _LLAMA_WIDTH),
+    (_LLAMA_MLP, _LLAMA_WIDTH),
+    (_LLAMA_MLP, _LLAMA_WIDTH),
+    (_LLAMA_WIDTH, _LLAMA_MLP),
+]
+
+
+def _llama3_8b() -> list[Shape]:
+    embedding: Shape = (_LLAMA_VOCABULARY, _LLAMA_WIDTH)
+    layer: list[Shape] = [*_LLAMA_MATRICES, (_LLAMA_WIDTH,), (_LLAMA_WIDTH,)]
+    return [embedding, *layer * _LLAMA_LAYERS, (_LLAMA_WIDTH,), embedding]
+
+
+def _lora(rank: int) -> list[Shape]:
+    layer: list[Shape] = []
+    for outputs, inputs in _LLAMA_MATRICES:
+        layer += [(rank, inputs), (outputs, rank)]
+    return layer * _LLAMA_LAYERS
+
+
+def _experts() -> list[Shape]:
+    width, inner = 2048 // 8, 1408 // 8
+    expert: list[Shape] = [(inner, width), (inner, width), (width, inner)]
+    return expert * 64 * 26
+
+
+def _case(name: str, source: str, shapes: list[Shape]) -> Case:
+    return Case(name, source, tuple(shapes))
+
+
+_CASES = (
+    _case("gpt2-124m", "GPT-2 small, huggingface.co/openai-community/gpt2, lm_head tied to wte", _gpt2()),
+    _case("resnet-50", "torchvision.models.resnet50()", _resnet50()),
+    _case("1x1", "synthetic: one element, where only the call costs", [(1,)]),
+    _case("2000x64", "synthetic: many tiny tensors, where calls cost more than bytes", [(64,)] * 2000),
+    _case("6000x32ki", "synthetic: many tensors of medium size", [(32768,)] * 6000),
+    _case("vit-b-16", "torchvision.models.vit_b_16()", _vit_b16()),
+    _case("lora-llama-3-8b", "LoRA r=16 on the seven matrices of each Llama-3-8B layer", _lora(16)),
+    _case("moe-experts", "the routed experts of DeepSeek-V2-Lite (26 layers x 64) at 1/8 width", _experts()),
+    _case("flat-1gib", "one flat buffer of 2^28 elements (1 GiB in float32): FSDP1, Megatron", [(1 << 28,)]),
+    _case("llama-3-8b", "Llama-3-8B, huggingface.co/meta-llama/Meta-Llama-3-8B", _llama3_8b()),
+)
+CASES: dict[str, Case] = {case.name: case for case in _CASES}
+DEFAULT_CASES = ("gpt2-124m", "resnet-50", "2000x64")
+
+# ---------------------------------------------------------------- operations
+
+# Gradients are drawn with this standard deviation, so that CLIP_VALUES touch none of them (128
+# standard deviations) or all but 0.1 % of them (2^-10 of one). Powers of two are exact in every dtype.
+GRADIENT_STD = 2.0**-7
+CLIP_VALUES = {"unclipped": 1.0, "clipped": 2.0**-17}
+# max_norm as a multiple of the true norm, so far from it that no rounding decides whether a call clips.
+# A factor of 0.5 would be exact in every dtype and hide an error of the coefficient; 0.6 is not exact.
+MAX_NORM_FACTORS = {"unclipped": 2.0, "clipped": 0.6}
+# The ``op`` of a record ends with this if AdamW's step follows the clipping.
+STEP = "+adamw"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One public function in one state.
+
+    Args:
+        function: its name, in torch.nn.utils and in gradclip_ext.
+        state: "clipped" if (nearly) every element has to change, else "unclipped".
+        reads: passes over the gradients that only read.
+        updates: passes that read and write back.
+        with_step: AdamW's step follows, and both are timed together, on gradients as backward leaves
+            them: in new tensors, just written.
+
+    No implementation can avoid these passes if the gradients do not fit in cache; gradients that fit
+    may be faster than the bound made from them.
+    """
+
+    function: str
+    state: str
+    reads: int
+    updates: int
+    with_step: bool = False
+
+    @property
+    def name(self) -> str:
+        """The ``op`` of a record."""
+        return self.function + STEP if self.with_step else self.function
+
+    @property
+    def label(self) -> str:
+        """What ``--ops`` calls it."""
+        return f"{self.name}:{self.state}"
+
+    def threshold(self, norm: float) -> float | None:
+        """Return the second argument for gradients of this norm, or None if there is none."""
+        if self.function == "clip_grad_norm_":
+            return MAX_NORM_FACTORS[self.state] * norm
+        if self.function == "clip_grad_value_":
+            return CLIP_VALUES[self.state]
+        return None
+
+    def bind(self, function: Callable[..., Any], parameters: Sequence[Parameter], norm: float) -> Call:
+        """Return the call with its arguments ready, so that timing it times nothing else."""
+        threshold = self.threshold(norm)
+        if threshold is None:
+            tensors = [p.grad for p in parameters]
+            return lambda: function(tensors)
+        return lambda: function(parameters, threshold)
+
+    def moved_bytes(self, size: int) -> int:
+        """Return how many bytes have to move for gradients of ``size`` bytes."""
+        return (self.reads + 2 * self.updates) * size
+
+    def bound_us(self, size: int, bandwidths: Bandwidths) -> float:
+        """Return the time that moving them takes at the bandwidths measured on this machine."""
+        read = self.reads * size / bandwidths.read_gbps
+        update = 2 * self.updates * size / bandwidths.inplace_gbps
+        return (read + update) / 1e3
+
+
+OPERATIONS = (
+    Operation("clip_grad_norm_", "unclipped", reads=1, updates=0),
+    Operation("clip_grad_norm_", "clipped", reads=1, updates=1),
+    Operation("clip_grad_value_", "unclipped", reads=1, updates=0),
+    Operation("clip_grad_value_", "clipped", reads=0, updates=1),
+    Operation("get_total_norm", "unclipped", reads=1, updates=0),
+    # AdamW reads the gradients, and updates the weights and two moments of the same size.
+    Operation("clip_grad_norm_", "unclipped", reads=2, updates=3, with_step=True),
+    Operation("clip_grad_norm_", "clipped", reads=2, updates=4, with_step=True),
+)
+FUNCTIONS = tuple(dict.fromkeys(operation.function for operation in OPERATIONS))
+
+# ---------------------------------------------------------------- gradients
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED = "mixed"
+DTYPES = (*_DTYPES, MIXED)
+
+# Memory has left the cache when this many times the size of the cache was accessed after it.
+_CACHES = 3
+# Making a tensor costs the host microseconds and a kilobyte, so long lists get fewer copies.
+_MAX_TENSORS = 16_384
+# Memory that the gate and an implementation may need beyond the gradients.
+_SCRATCH_BYTES = 512 << 20
+# AdamW's step needs weights, two moments, new gradients, and up to two temporary lists of their size.
+_STEP_COPIES = 6
+# Elements converted to float64 at a time. On a CPU, so few that one thread does it alone: waiting for
+# others thousands of times takes minutes on a busy machine. And so few that malloc reuses the memory:
+# it returns larger blocks to the system, and each new block costs a page fault every 4 KiB.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
+
+
+class Workload:
+    """Random gradients in one dtype: their pristine values, and copies that take turns.
+
+    Every gradient is an allocation of its own, as autograd makes them. A call gets the copy
+    that was used longest ago. If all copies together are too small to evict each other from the
+    cache, :meth:`cool` evicts them. :meth:`restore` undoes a call. None of that is timed.
+
+    Args:
+        case: the shapes.
+        dtype: one of DTYPES.
+        device: where the gradients live.
+        cache_bytes: size of the cache that the gradients have to have left, see machine.cache_bytes.
+        seed: of the random values.
+    """
+
+    def __init__(self, case: Case, dtype: str, device: torch.device, cache_bytes: int, seed: int = 0) -> None:
+        self.case = case
+        self.device = device
+        self.dtype = dtype
+        self.bytes = gradient_bytes(case, dtype)
+        copies = _copies(case, self.bytes, cache_bytes)
+        random = torch.Generator(device).manual_seed(seed)
+        self.pristine = [
+            torch.empty(shape, dtype=tensor_dtype, device=device).normal_(0.0, GRADIENT_STD, generator=random)
+            for shape, tensor_dtype in zip(case.shapes, dtypes_of(case, dtype))
+        ]
+        self._copies = [[_parameter(t) for t in self.pristine] for _ in range(copies)]
+        self._turn = 0
+        too_small = copies * self.bytes < _CACHES * cache_bytes
+        self._sweep = torch.zeros(_CACHES * cache_bytes // 4, device=device) if too_small else None
+        self._trained: list[Parameter] = []
+        self._optimizer: torch.optim.AdamW | None = None
+        self.norm = reference.total_norm([torch.tensor(list(self._chunk_norms()), dtype=torch.float64)])
+
+    def next(self) -> list[Parameter]:
+        """Return the parameters whose gradients were used longest ago."""
+        self._turn = (self._turn + 1) % len(self._copies)
+        return self._copies[self._turn]
+
+    def train(self) -> tuple[list[Parameter], Call]:
+        """Return parameters with new gradient tensors, as backward leaves them, and an optimizer's step."""
+        if self._optimizer is None:
+            self._trained = [Parameter(values.clone()) for values in self.pristine]
+            self._optimizer = torch.optim.AdamW(self._trained, foreach=True)
+        self._optimizer.zero_grad()
+        for parameter, values in zip(self._trained, self.pristine):
+            parameter.grad = values.clone()
+        return self._trained, self._optimizer.step
+
+    def restore(self, parameters: Sequence[Parameter]) -> None:
+        """Give the gradients of ``parameters`` their pristine values back."""
+        for parameter, values in zip(parameters, self.pristine):
+            if parameter.grad is None:  # an implementation that is being judged may do anything
+                parameter.grad = torch.empty_like(values)
+        # All at once: one by one, thousands of copies would be most of a GPU's run.
+        torch._foreach_copy_(grads(parameters), self.pristine)
+
+    def cool(self) -> None:
+        """Evict the gradients from the cache unless the other copies have done so."""
+        if self._sweep is not None:
+            self._sweep.sum()
+
+    def _chunk_norms(self) -> Iterator[float]:
+        for tensor in self.pristine:
+            for chunk in chunks(tensor):
+                yield reference.total_norm([chunk])
+
+
+def grads(parameters: Iterable[Parameter]) -> list[Tensor]:
+    """Return the gradients of the parameters that have one."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def dtypes_of(case: Case, dtype: str) -> list[torch.dtype]:
+    """Return the dtype of every tensor.
+
+    ``mixed`` is what training in bfloat16 with norms kept in float32 leaves: vectors are
+    float32, the rest is bfloat16. Where that gives one dtype, every other tensor is float32.
+    """
+    if dtype != MIXED:
+        return [_DTYPES[dtype]] * case.tensors
+    is_float32 = [len(shape) == 1 for shape in case.shapes]
+    if len(set(is_float32)) == 1:
+        is_float32 = [index % 2 == 1 for index in range(case.tensors)]
+    return [torch.float32 if kept else torch.bfloat16 for kept in is_float32]
+
+
+def gradient_bytes(case: Case, dtype: str) -> int:
+    """Return the size of all gradients together."""
+    dtypes = dtypes_of(case, dtype)
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in zip(case.shapes, dtypes))
+
+
+def why_not_measurable(
+    case: Case, dtype: str, operation: Operation, cache_bytes: int, free_bytes: int | None
+) -> str | None:
+    """Return why the operation cannot be measured on the case in this dtype, or None if it can."""
+    if dtype == MIXED and case.tensors == 1:
+        return "a single tensor has a single dtype"
+    size = gradient_bytes(case, dtype)
+    needed = (_copies(case, size, cache_bytes) + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
+    what = "it"
+    if operation.with_step:
+        needed += _STEP_COPIES * size
+        what = operation.name
+    if free_bytes is not None and needed > free_bytes:
+        return f"{what} needs {needed / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free"
+    return None
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield flat pieces that are small enough to be converted to float64."""
+    yield from tensor.view(-1).split(_CHUNK[tensor.device.type])
+
+
+def _copies(case: Case, size: int, cache_bytes: int) -> int:
+    enough = -(-_CACHES * cache_bytes // size)
+    return max(1, min(enough, _MAX_TENSORS // case.tensors))
+
+
+def _parameter(values: Tensor) -> Parameter:
+    # Clipping does not read the weights, so one element is enough for all of them.
+    parameter = Parameter(values.new_zeros(()).expand(values.shape))
+    parameter.grad = values.clone()
+    return parameter
