@@ -4,8 +4,8 @@ Environment variables:
     GRADCLIP_EXT_BUILD=auto|cuda|cpu|none: auto (the default) builds what the compiler and the CUDA toolkit
         allow; what fails is left out, and `python -m gradclip_ext.info` says why. cuda and cpu insist: what
         cannot be built is an error.
-    TORCH_CUDA_ARCH_LIST: as for torch's own extensions, "8.0;9.0+PTX". Without it the visible GPUs decide, and
-        without any, all architectures below that the toolkit knows.
+    TORCH_CUDA_ARCH_LIST: as for torch's own extensions, "8.0;9.0+PTX". Without it the visible GPUs decide,
+        and without any, all architectures below that the toolkit knows.
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS: as usual.
     GRADCLIP_EXT_TESTING=1: builds gradclip_ext._testing, too, which the project's tests call.
     GRADCLIP_EXT_CUDART=shared: links the CUDA runtime dynamically, for the tests that replace it.
@@ -189,12 +189,17 @@ class Build:
             source = command[command.index("-c") + 1]
             lines += [f"build {path(target)}: compile {path(source)}", f"  line = {line(command)}"]
         for target, (command, objects) in self.modules.items():
-            lines += [f"build {path(target)}: link {' '.join(map(path, objects))}", f"  line = {line(command)}"]
+            lines += [
+                f"build {path(target)}: link {' '.join(map(path, objects))}",
+                f"  line = {line(command)}",
+            ]
         return "\n".join(lines) + "\n"
 
     @staticmethod
     def _call(command):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         if done.returncode:
             print(done.stdout)
             errors = re.findall(r"^.*(?:error|fatal|ERROR).*$", done.stdout, re.M) or ["see its output above"]

@@ -1,5 +1,6 @@
-// gradclip_ext._testing: entry points for tests, not built into wheels. The index arithmetic that the
-// kernels run, against what it replaces, and every CPU kernel of every instruction set by itself.
+// gradclip_ext._testing: entry points for tests, not built into wheels. The index arithmetic that
+// the kernels run, against what it replaces, and every CPU kernel of every instruction set by
+// itself.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/chunk_kernels.h"
 #include "core/tensor_list.h"
+#include "cpu/chunk_kernels.h"
 
 namespace py = pybind11;
 
@@ -28,7 +29,7 @@ DType dtype_named(const std::string& name) {
 }
 
 TensorList list_of(const std::vector<int64_t>& numels, const std::vector<std::string>& dtypes,
-                 int64_t chunk_bytes) {
+                   int64_t chunk_bytes) {
   TensorList list(chunk_bytes);
   for (size_t i = 0; i < numels.size(); ++i) list.add(nullptr, numels[i], dtype_named(dtypes[i]));
   return list;

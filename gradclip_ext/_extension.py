@@ -26,11 +26,11 @@ def load() -> tuple[Any, str | None]:
             reason = f"the compiled module cannot be imported: {error}"
         elif (shadowed := _installed_elsewhere()) is not None:
             reason = (
-                f"Python imports the source folder {Path(__file__).parent}, which shadows the package that is "
-                f"installed in {shadowed}: run Python in another folder, or install with pip install -e ."
+                f"Python imports the source folder {Path(__file__).parent}, which shadows the package "
+                f"that is installed in {shadowed}: run Python in another folder, or install with pip install -e ."
             )
-        elif getattr(_build_info, "CPU_REASON", None):
-            reason = f"the compiled module was not built: {_build_info.CPU_REASON}"
+        elif (failure := getattr(_build_info, "CPU_REASON", None)) is not None:
+            reason = f"the compiled module was not built: {failure}"
         else:
             return None, "the compiled module was not built (GRADCLIP_EXT_BUILD=none, or no installation)"
     except ImportError as error:

@@ -5,8 +5,11 @@ it) or another library's wrapper that calls it: to look it up there could recurs
 second instance of torch's module, which nobody else has.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
+
+from torch import Tensor
 
 
 def _load() -> ModuleType:
@@ -18,7 +21,7 @@ def _load() -> ModuleType:
 
 
 _module = _load()
-clip_grad_norm_ = _module.clip_grad_norm_
-clip_grad_value_ = _module.clip_grad_value_
-clip_grads_with_norm_ = _module._clip_grads_with_norm_
-get_total_norm = _module._get_total_norm
+clip_grad_norm_: Callable[..., Tensor] = _module.clip_grad_norm_
+clip_grad_value_: Callable[..., None] = _module.clip_grad_value_
+clip_grads_with_norm_: Callable[..., None] = _module._clip_grads_with_norm_
+get_total_norm: Callable[..., Tensor] = _module._get_total_norm

@@ -119,7 +119,8 @@ double norm(const TensorList& list, double p, const Threads& threads, const Chun
   return largest * root(total, p);
 }
 
-void scale(const TensorList& list, double coef, const Threads& threads, const ChunkKernels& kernels) {
+void scale(const TensorList& list, double coef, const Threads& threads,
+           const ChunkKernels& kernels) {
   for_each_chunk(list, Order::kBackward, threads, [&](const Piece& piece) {
     kernels.scale[piece.dtype](piece.data, piece.numel, coef);
   });

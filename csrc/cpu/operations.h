@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "core/tensor_list.h"
 #include "chunk_kernels.h"
+#include "core/tensor_list.h"
 
 namespace gradclip::cpu {
 

@@ -17,5 +17,5 @@
 #include <arm_neon.h>
 #endif
 
-#include "core/tensor_list.h"
 #include "chunk_kernels.h"
+#include "core/tensor_list.h"

@@ -166,9 +166,10 @@ unsigned* kept_counter(const Device& device, cudaStream_t stream) {
   return device.arrival_counters + slot;
 }
 
-/// Finds a counter that is zero when the norm begins. One in scratch memory, which is cleared first,
-/// serves a graph, since other work may be under way on the stream that it was captured on when it
-/// is replayed, and a stream that may end with work still to do, when another can get its handle.
+/// Finds a counter that is zero when the norm begins. One in scratch memory, which is cleared
+/// first, serves a graph, since other work may be under way on the stream that it was captured on
+/// when it is replayed, and a stream that may end with work still to do, when another can get its
+/// handle.
 cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream,
                          unsigned** counter) {
   Device device;

@@ -1,4 +1,5 @@
-// What the binding calls: CUDA kernels on a tensor list, enqueued on a stream of the current device.
+// What the binding calls: CUDA kernels on a tensor list, enqueued on a stream of the current
+// device.
 
 #pragma once
 

@@ -10,12 +10,12 @@ namespace gradclip::cuda {
 
 /// Where a norm goes, and what becomes of it.
 struct NormOutput {
-  double* partials;  // one per chunk of the whole list, by index
+  double* partials;    // one per chunk of the whole list, by index
   unsigned* arrivals;  // 0 between launches; null in all launches of a list but the last
-  int64_t chunks;    // of the whole list
-  void* total_norm;  // one float or double
-  void* clip_coef;   // the same
-  bool float64;      // both are double, because a gradient is
+  int64_t chunks;      // of the whole list
+  void* total_norm;    // one float or double
+  void* clip_coef;     // the same
+  bool float64;        // both are double, because a gradient is
   Rule rule;
 
   /// A kernel that lets the next one start early obliges it to wait, so only ours may follow.
@@ -99,8 +99,8 @@ __device__ double warp_sum(const T* x, int length, Share share, int lane) {
 }
 
 /// Contract: kThreads threads; any grid; table of float32, bfloat16 and float16 tensors. Writes
-/// out.partials[c] for the launch's chunks, and the last block to finish a launch that has `arrivals`
-/// writes the norm and the coefficient. The bits depend on values and sizes only.
+/// out.partials[c] for the launch's chunks, and the last block to finish a launch that has
+/// `arrivals` writes the norm and the coefficient. The bits depend on values and sizes only.
 template <typename Norm, typename Table>
 __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant__ Table table,
                                                            const __grid_constant__ NormOutput out) {

@@ -91,8 +91,8 @@ __device__ inline void finalize_float64(const NormOutput& out, double p) {
 template <typename Table>
 __global__ __launch_bounds__(kThreads,
                              4) void norm_float64_kernel(const __grid_constant__ Table table,
-                                                      const __grid_constant__ NormOutput out,
-                                                      const double p) {
+                                                         const __grid_constant__ NormOutput out,
+                                                         const double p) {
   __shared__ double shared[kWarps];
   Scaled* partials = reinterpret_cast<Scaled*>(out.partials);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -24,7 +24,7 @@ __global__ __launch_bounds__(kThreads, 4) void scale_kernel(const __grid_constan
                                                             const bool float64) {
   wait_for_previous_kernel();
   const double coef = float64 ? *static_cast<const double*>(clip_coef)
-                           : static_cast<double>(*static_cast<const float*>(clip_coef));
+                              : static_cast<double>(*static_cast<const float*>(clip_coef));
   if (coef >= 1.0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);

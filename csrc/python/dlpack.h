@@ -1,6 +1,6 @@
-// The part of DLPack 1.x that describes a tensor, and its C exchange table, which torch (since 2.10)
-// and other libraries offer as `type.__dlpack_c_exchange_api__`. A binary interface that a major
-// version keeps; see https://dmlc.github.io/dlpack/latest/c_api.html.
+// The part of DLPack 1.x that describes a tensor, and its C exchange table, which torch
+// (since 2.10) and other libraries offer as `type.__dlpack_c_exchange_api__`. A binary interface
+// that a major version keeps; see https://dmlc.github.io/dlpack/latest/c_api.html.
 
 #pragma once
 

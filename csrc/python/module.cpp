@@ -3,6 +3,8 @@
 // reader.h turns Python lists into tensor lists; the functions here run an operation on one. They
 // trust their caller (gradclip_ext/backends/compiled.py) with devices, dtypes and orders.
 
+#include "python/cuda/module.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +14,6 @@
 
 #include "core/rule.h"
 #include "cpu/operations.h"
-#include "python/cuda/module.h"
 #include "python/reader.h"
 #include "python/threads.h"
 

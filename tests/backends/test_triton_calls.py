@@ -22,7 +22,9 @@ from gradclip_ext.backends.base import TensorList
 from gradclip_ext.backends.triton import TritonBackend, memory
 
 Install = Callable[..., TritonBackend]
-needs_module = pytest.mark.skipif(_extension.C is None, reason=f"needs the compiled module: {_extension.REASON}")
+needs_module = pytest.mark.skipif(
+    _extension.C is None, reason=f"needs the compiled module: {_extension.REASON}"
+)
 
 
 def parameters_of(grads: list[Tensor]) -> list[Tensor]:
@@ -231,7 +233,13 @@ def test_the_compiled_module_and_python_read_the_same_of_a_list() -> None:
 
 def test_the_rows_of_a_table(log: list) -> None:
     chunk = memory.CHUNK_BYTES // 4
-    tensors = [torch.ones(3), torch.ones(5).half(), torch.ones(chunk + 1), torch.empty(0), torch.ones(2).half()]
+    tensors = [
+        torch.ones(3),
+        torch.ones(5).half(),
+        torch.ones(chunk + 1),
+        torch.empty(0),
+        torch.ones(2).half(),
+    ]
     a, b, c, _, d = (t.data_ptr() for t in tensors)
     table = memory.Table(TensorList(tensors).columns())
     assert table.rows.tolist() == [a, 3, 0, c, chunk + 1, 1, b, 5, 3, d, 2, 4, 0, 0, 5]

@@ -70,8 +70,8 @@ struct Event {
 };
 
 inline auto& streams = *new std::vector<Stream*>;
-/// The driver's current context, by its device, -1 for none; and the device that torch's runtime has
-/// chosen, which counts where there is none.
+/// The driver's current context, by its device, -1 for none; and the device that torch's runtime
+/// has chosen, which counts where there is none.
 inline thread_local int context = -1, chosen_device = 0;
 inline thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGlobal;
 

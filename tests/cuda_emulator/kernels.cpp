@@ -24,7 +24,8 @@ TensorList make_list(int64_t tensors, void* const* data, const int64_t* numel, c
 
 /// Runs `kernel(table)` for every launch of the list; a small table makes several of a short list.
 template <typename Kernel>
-void for_each_launch(const TensorList& list, unsigned blocks, unsigned first_block, Kernel&& kernel) {
+void for_each_launch(const TensorList& list, unsigned blocks, unsigned first_block,
+                     Kernel&& kernel) {
   static LaunchTable<16> table;
   for (int64_t first = 0; first < list.size();) {
     first = fill_launch(list, first, table);
@@ -48,7 +49,8 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
   out.clip_coef = static_cast<char*>(results) + (float64 ? 8 : 4);
   out.float64 = float64 != 0;
   out.rule = {max_norm};
-  const bool in_float32 = !float64 && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
+  const bool in_float32 =
+      !float64 && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
   for_each_launch(list, blocks, first_block, [&](const auto& table, bool is_last) {
     NormOutput own = out;
     own.arrivals = is_last ? arrivals : nullptr;

@@ -25,7 +25,9 @@ def check_build() -> None:
     spec = importlib.util.find_spec("gradclip_ext._C")
     if spec is None or spec.origin is None:
         sys.exit("the CUDA emulator needs the compiled module: gradclip_ext._C is missing")
-    dynamic = subprocess.run(["readelf", "-d", spec.origin], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(
+        ["readelf", "-d", spec.origin], capture_output=True, text=True, check=True
+    ).stdout
     wanted = f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}"
     if f"[{wanted}]" not in dynamic:
         sys.exit(f"the CUDA emulator needs a module that links {wanted} dynamically, not {spec.origin}")

@@ -1,6 +1,7 @@
 """A pytest plugin: the triton backend on the emulated GPU, its kernels interpreted in stream order.
 
-    TRITON_INTERPRET=1 python tests/cuda_emulator/run.py -p triton_interpreted -p triton_emulated -m "gpu and triton"
+    TRITON_INTERPRET=1 python tests/cuda_emulator/run.py \\
+        -p triton_interpreted -p triton_emulated -m "gpu and triton"
 
 What Triton compiles, and how that is launched, is not tested here but in test_triton_compiled.py.
 """

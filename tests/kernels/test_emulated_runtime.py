@@ -126,7 +126,9 @@ def external_stream() -> torch.cuda.ExternalStream:
 
 
 @pytest.mark.parametrize("is_pool_stream", [True, False])
-@pytest.mark.parametrize("function", ["cudaSetDevice", "cudaStreamIsCapturing", "cudaLaunchKernelExC", "cudaMemsetAsync"])
+@pytest.mark.parametrize(
+    "function", ["cudaSetDevice", "cudaStreamIsCapturing", "cudaLaunchKernelExC", "cudaMemsetAsync"]
+)
 def test_after_a_failure_the_next_norm_of_a_stream_is_right(
     monkeypatch: pytest.MonkeyPatch, function: str, is_pool_stream: bool
 ) -> None:

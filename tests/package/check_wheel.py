@@ -1,8 +1,8 @@
 """One wheel under several releases of torch: ``python tests/package/check_wheel.py 2.6.0 2.10.0 newest``.
 
-The wheel is built once, in isolation and without torch, as a user's pip does it. Every release of torch gets a
-new environment, in which the tests of the public functions run on that file, from a copy of the tests, so that
-the source folder cannot be taken for the installed package.
+The wheel is built once, in isolation and without torch, as a user's pip does it. Every release of torch gets
+a new environment, in which the tests of the public functions run on that file, from a copy of the tests, so
+that the source folder cannot be taken for the installed package.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Makes the CPU wheels for upload: every CPython from 3.10 on that is found here, x86_64 and aarch64.
 
-The compiler is zig's clang from the registry, which compiles for another processor and for an older glibc than
-this machine's. .github/workflows/wheels.yml makes the same wheels, and those for the Pythons missing here, in
-the manylinux images.
+The compiler is zig's clang from the registry, which compiles for another processor and for an older glibc
+than this machine's. .github/workflows/wheels.yml makes the same wheels, and those for the Pythons missing
+here, in the manylinux images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Without a compiled module: the reason in the report, a warning where somebody wanted it, foreach instead."""
+"""Without a compiled module: the reason in the report, a warning where somebody wanted it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_source_folder_that_shadows_the_installed_package(tmp_path: Path) -> N
     (record / "RECORD").write_text("".join(f"{p.relative_to(site)},,\n" for p in files))
     leave = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     shutil.copytree(package, checkout / "gradclip_ext", ignore=leave)
-    code = f"import sys; sys.path.insert(1, {str(site)!r}); from gradclip_ext import info; print(info.report())"
+    code = (
+        f"import sys; sys.path.insert(1, {str(site)!r}); from gradclip_ext import info; print(info.report())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=checkout,

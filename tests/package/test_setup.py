@@ -1,4 +1,4 @@
-"""setup.py: what it chooses, what it records when something cannot be built, and how it ends when asked to insist."""
+"""setup.py: what it chooses, and what it says and records when something cannot be built."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_unreadable_architecture_is_named(
     setup_py: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(setup_py.BuildError, match="holds 'Hopper'; entries look like 9.0"):
+    with pytest.raises(setup_py.BuildError, match=r"holds 'Hopper'; entries look like 9\.0"):
         setup_py.cuda_architectures("nvcc")
 
 
@@ -112,11 +112,15 @@ def modules(folder: Path) -> list[str]:
 
 def compiler_without_python_h(folder: Path) -> str:
     says = "fatal error: Python.h: No such file or directory"
-    return str(executable(folder / "cxx", f'case "$*" in *" -c "*) echo "{says}" >&2; exit 1;; esac; exec g++ "$@"'))
+    return str(
+        executable(folder / "cxx", f'case "$*" in *" -c "*) echo "{says}" >&2; exit 1;; esac; exec g++ "$@"')
+    )
 
 
 def test_a_compilation_that_fails_is_recorded_and_the_rest_is_built(tmp_path: Path) -> None:
-    toolkit = fake_toolkit(tmp_path / "toolkit", 'case "$*" in *-c*) echo "error: no such thing"; exit 1;; esac')
+    toolkit = fake_toolkit(
+        tmp_path / "toolkit", 'case "$*" in *-c*) echo "error: no such thing"; exit 1;; esac'
+    )
     compiler = compiler_without_python_h(tmp_path)
     said, facts = build(tmp_path / "a", CXX=compiler, CUDA_HOME=str(toolkit), GRADCLIP_EXT_BUILD="auto")
     assert modules(tmp_path / "a") == []
@@ -130,7 +134,9 @@ def test_a_failing_nvcc_leaves_the_cpu_kernels(
 ) -> None:
     if not ninja:
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    toolkit = fake_toolkit(tmp_path / "toolkit", 'case "$*" in *-c*) echo "error: no such thing"; exit 1;; esac')
+    toolkit = fake_toolkit(
+        tmp_path / "toolkit", 'case "$*" in *-c*) echo "error: no such thing"; exit 1;; esac'
+    )
     _, facts = build(tmp_path / "a", CUDA_HOME=str(toolkit), GRADCLIP_EXT_BUILD="auto")
     assert "_C" in modules(tmp_path / "a") and facts["CPU_REASON"] is None and facts["CUDA"] is None
     assert "no such thing" in facts["CUDA_REASON"]

@@ -21,7 +21,8 @@
 namespace gradclip::python {
 namespace {
 
-static_assert(cuda::kChunkBytes == cpu::kChunkBytes, "reader.cpp cuts lists for every device alike");
+static_assert(cuda::kChunkBytes == cpu::kChunkBytes,
+              "reader.cpp cuts lists for every device alike");
 
 struct CudaError : std::runtime_error {
   explicit CudaError(cudaError_t error)
@@ -143,8 +144,8 @@ Pointer at(uint64_t address) {
   return reinterpret_cast<Pointer>(address);
 }
 
-/// Enqueues the norm and the coefficient. `scratch` has norm_scratch_bytes(list) bytes of the device,
-/// 16-byte aligned. `is_pool_stream`: the stream lives as long as the process.
+/// Enqueues the norm and the coefficient. `scratch` has norm_scratch_bytes(list) bytes of the
+/// device, 16-byte aligned. `is_pool_stream`: the stream lives as long as the process.
 void norm(const HeldList& list, double p, double max_norm, bool float64, uint64_t total_norm,
           uint64_t clip_coef, uint64_t scratch, uint64_t stream, bool is_pool_stream) {
   cuda::NormBuffers buffers{};
@@ -158,7 +159,8 @@ void norm(const HeldList& list, double p, double max_norm, bool float64, uint64_
                           is_pool_stream));
 }
 
-/// Enqueues the multiplication by a coefficient on the device, a float or, with `float64`, a double.
+/// Enqueues the multiplication by a coefficient on the device, a float or, with `float64`, a
+/// double.
 void scale(const HeldList& list, uint64_t clip_coef, bool float64, uint64_t stream) {
   const py::gil_scoped_release release;
   const DeviceGuard guard(list.device_index);

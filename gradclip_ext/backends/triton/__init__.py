@@ -186,7 +186,9 @@ class TritonBackend:
             if not self._launcher.is_interpreted:
                 return "TRITON_INTERPRET was set after Triton had been imported"
             # Interpreters of Triton have failed on a NumPy newer than themselves.
-            self.norm(TensorList([torch.ones(1, dtype=torch.float32, device="cpu")]), 2.0, REPORT, torch.float32)
+            self.norm(
+                TensorList([torch.ones(1, dtype=torch.float32, device="cpu")]), 2.0, REPORT, torch.float32
+            )
         elif self._launcher.is_interpreted:
             return "TRITON_INTERPRET is set, and the interpreter cannot read GPU memory"
         elif torch.version.hip is None:
