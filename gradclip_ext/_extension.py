@@ -27,7 +27,7 @@ def load() -> tuple[Any, str | None]:
         elif (shadowed := _installed_elsewhere()) is not None:
             reason = (
                 f"Python imports the source folder {Path(__file__).parent}, which shadows the package "
-                f"that is installed in {shadowed}: run Python in another folder, or install with pip install -e ."
+                f"that is installed in {shadowed}: run Python in another folder, or pip install -e ."
             )
         elif (failure := getattr(_build_info, "CPU_REASON", None)) is not None:
             reason = f"the compiled module was not built: {failure}"

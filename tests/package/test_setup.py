@@ -128,6 +128,7 @@ def test_a_compilation_that_fails_is_recorded_and_the_rest_is_built(tmp_path: Pa
     assert "building without cuda" in said and "building without cpu" in said
 
 
+@pytest.mark.installs
 @pytest.mark.parametrize("ninja", [True, False])
 def test_a_failing_nvcc_leaves_the_cpu_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ninja: bool
@@ -173,6 +174,7 @@ def test_old_setuptools_are_told_what_is_needed(tmp_path: Path) -> None:
     assert "needs setuptools 77 or later to be built, this is 65.5.0" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.installs
 def test_nothing_stale_gets_into_a_build(tmp_path: Path) -> None:
     """What an earlier build in the same folder left is removed, also where nothing is built now."""
     for mode in ("cpu", "none"):
@@ -181,6 +183,7 @@ def test_nothing_stale_gets_into_a_build(tmp_path: Path) -> None:
         assert ("CPU_REASON" in facts) is (mode == "cpu")
 
 
+@pytest.mark.installs
 def test_the_module_needs_neither_torch_nor_a_cuda_runtime(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
