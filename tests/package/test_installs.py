@@ -1,4 +1,4 @@
-"""Every documented way to install gives the compiled CPU kernels. Slow, and needs the registry: -m installs."""
+"""Every documented way to install gives the compiled CPU kernels. Slow, needs the registry: -m installs."""
 
 from __future__ import annotations
 
