@@ -168,7 +168,8 @@ class Build:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.modules:
             path.parent.mkdir(parents=True, exist_ok=True)
-        ninja = shutil.which("ninja")
+        # pip does not put the scripts of the environment it runs in on PATH.
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
         if ninja:
             (self.folder / "build.ninja").write_text(self._ninja_file())
             jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
