@@ -41,7 +41,7 @@ CUDA_COPY := build/cuda/copy
 NOT_OF_A_WHEEL := --ignore=tests/benchmarks --ignore=tests/package
 
 # The releases of torch under which the one wheel is tested; "newest" is asked of the registry.
-TORCHES ?= 2.6.0 2.8.0 2.10.0 2.13.0 newest
+TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
 
 .PHONY: test test-sanitize test-gpu sanitize-gpu test-installs check-cuda check-wheel wheel bench lint format clean
 

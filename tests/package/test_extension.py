@@ -84,9 +84,14 @@ def test_a_source_folder_that_shadows_the_installed_package(tmp_path: Path) -> N
     (record / "RECORD").write_text("".join(f"{p.relative_to(site)},,\n" for p in files))
     leave = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     shutil.copytree(package, checkout / "gradclip_ext", ignore=leave)
-    code = (
-        f"import sys; sys.path.insert(1, {str(site)!r}); from gradclip_ext import info; print(info.report())"
-    )
+    code = f"""
+import sys
+# An editable install of this checkout would find the module for any package of this name.
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+sys.path.insert(1, {str(site)!r})
+from gradclip_ext import info
+print(info.report())
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=checkout,
