@@ -128,7 +128,9 @@ class Build:
         includes = [ROOT / "csrc", sysconfig.get_path("include"), pybind11.get_include()]
         self.flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", *flags]
         self.flags += [f"-I{path}" for path in includes]
-        self.link_flags = ["-shared", "-pthread", "-ldl", *([] if "-g" in flags else ["-Wl,-s"])]
+        # Symbols of static libraries stay inside: torch may bring other versions of them.
+        self.link_flags = ["-shared", "-pthread", "-ldl", "-Wl,--exclude-libs,ALL"]
+        self.link_flags += [] if "-g" in flags else ["-Wl,-s"]
         self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
         if with_cuda:
             self._add_cuda()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,14 +41,13 @@ def load() -> tuple[Any, str | None]:
 
 def _installed_elsewhere() -> Path | None:
     """Return the folder of an installed gradclip_ext with a compiled module that is not this one."""
-    try:
-        files = distribution("gradclip_ext").files or []
-    except PackageNotFoundError:
-        return None
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.name.startswith("_C.") and path.parent.name == "gradclip_ext" and path.is_file():
-            return path.parent if path.parent.resolve() != Path(__file__).parent.resolve() else None
+    here = Path(__file__).parent.resolve()
+    # A build leaves an egg-info folder in the checkout, which is found first and lists no module.
+    for installed in distributions(name="gradclip_ext"):
+        for file in installed.files or []:
+            path = Path(str(file.locate()))
+            if path.name.startswith("_C.") and path.is_file() and path.parent.resolve() != here:
+                return path.parent
     return None
 
 

@@ -84,6 +84,10 @@ def test_a_source_folder_that_shadows_the_installed_package(tmp_path: Path) -> N
     (record / "RECORD").write_text("".join(f"{p.relative_to(site)},,\n" for p in files))
     leave = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     shutil.copytree(package, checkout / "gradclip_ext", ignore=leave)
+    left = checkout / "gradclip_ext.egg-info"  # by a build in the checkout
+    left.mkdir()
+    (left / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: gradclip_ext\nVersion: 0\n")
+    (left / "SOURCES.txt").write_text("setup.py\n")
     code = f"""
 import sys
 # An editable install of this checkout would find the module for any package of this name.
