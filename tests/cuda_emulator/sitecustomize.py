@@ -31,11 +31,11 @@ def on_cpu(tensor: Tensor) -> Tensor:
     """Return a CPU tensor over the same memory."""
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     whole = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
-    return torch.empty(0, dtype=tensor.dtype).set_(whole, *layout)
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(whole, *layout)
 
 
 class Call:
