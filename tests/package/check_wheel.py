@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_TESTS = 500
-# test_accuracy.py takes minutes and gigabytes, and is about kernels that are the same under every torch.
-LEFT_OUT = ("test_accuracy.py", "large_worker.py")
+# They take minutes, and are about kernels that are the same under every torch.
+LEFT_OUT = ("test_accuracy.py", "large_worker.py", "test_properties.py")
 USES_THE_KERNELS = """
 import torch, gradclip_ext
 from gradclip_ext import _extension, backends
