@@ -195,7 +195,7 @@ def _read_native(
 
 
 def _parts(tensors: list[Tensor], selection: Selection, *, is_written: bool = False) -> list[Part]:
-    """Divide tensors by device, and those that kernels do not take from the others.
+    """Divide tensors by device, and set apart those that kernels cannot handle.
 
     Where tensors that will be written to share some of their memory, the order of writing matters: foreach
     handles them in the order of the list.
@@ -203,14 +203,16 @@ def _parts(tensors: list[Tensor], selection: Selection, *, is_written: bool = Fa
     parts: list[Part] = []
     for device, group in _by_device(tensors).items():
         backend = selection.backend_for(device)
-        if backend.name == "foreach" or (is_written and share_memory(group)):
-            parts.append((backend if backend.name == "foreach" else FOREACH, TensorList(group)))
+        if backend.name != "foreach" and is_written and share_memory(group):
+            backend = FOREACH
+        if backend.name == "foreach" or are_contiguous(group):
+            parts.append((backend, TensorList(group)))
             continue
-        regular = group if are_contiguous(group) else [t for t in group if is_regular(t)]
-        if regular:
-            parts.append((backend, TensorList(regular)))
-        if len(regular) < len(group):
-            parts.append((FOREACH, TensorList([t for t in group if not is_regular(t)])))
+        regular: list[Tensor] = []
+        irregular: list[Tensor] = []
+        for tensor in group:
+            (regular if is_regular(tensor) else irregular).append(tensor)
+        parts += [(b, TensorList(part)) for b, part in ((backend, regular), (FOREACH, irregular)) if part]
     return parts
 
 

@@ -17,7 +17,6 @@ from cases import SEED, Target, targets
 
 from gradclip_ext import _extension
 from gradclip_ext.backends import foreach
-from gradclip_ext.backends.triton import memory
 
 hypothesis.settings.register_profile(
     "gradclip_ext",
@@ -63,10 +62,3 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if target.way == "columns":
         monkeypatch.setattr(_extension.C, "CAN_READ", False)
     return target
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
-    """A list for what triton_fakes.py notes, and no tables from before."""
-    monkeypatch.setattr(memory, "_workspaces", {})
-    return []

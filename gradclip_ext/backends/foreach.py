@@ -271,7 +271,7 @@ def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
 
 
 def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
-    """Return the groups that one foreach call may take, so that no tensor demotes the others.
+    """Return the groups that one foreach call may take, so that no tensor slows the rest down.
 
     On the CPU and under torch.compile that is the whole list. An accelerator's fused kernels
     want one dtype and no gaps, and their launches run over all tensors at once, so tensors

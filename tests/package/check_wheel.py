@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_TESTS = 500
@@ -27,22 +28,6 @@ assert reason is None, reason
 print("torch", torch.__version__, "gradclip_ext from", gradclip_ext.__file__)
 print("reads tensors by", "DLPack's exchange table" if _extension.C.CAN_READ else "Python")
 """
-
-
-def run(*command: object, cwd: Path, **environment: str) -> str:
-    """Run a command and return what it printed; end with its output if it fails."""
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
-    return done.stdout
 
 
 def build_wheel(folder: Path) -> Path:

@@ -7,11 +7,12 @@ here, in the manylinux images.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "build" / "wheel-tools"
@@ -19,20 +20,6 @@ OUT = ROOT / "dist"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 ARCHITECTURES = ("x86_64", "aarch64")
 GLIBC = (2, 28)
-
-
-def run(*command: object, **environment: str) -> str:
-    done = subprocess.run(
-        list(map(str, command)),
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
-    return done.stdout
 
 
 def find_python(version: str) -> str | None:

@@ -13,7 +13,7 @@ A partial is two float64 a chunk, ``most`` and ``total``: the chunk's sum of |x|
 come as the bits of a float64 in an integer, because Triton passes a Python float as float32.
 
 Arguments that change from call to call come first. Of those, a binary depends on dtypes and on which
-pointers are None, not on values or addresses: it is found once and serves all such calls.
+pointers are None, not on values or addresses: it is found once and used for all such calls.
 """
 
 # mypy: ignore-errors
@@ -180,7 +180,7 @@ def _scaled_sum(address, length, most, p, ORDER: tl.constexpr, DTYPE: tl.constex
 def _partial(
     address, length, p, ORDER: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Return the partial of a chunk. A sum that left the range is taken again; the chunk is in L2.
+    """Return the partial of a chunk. A sum that left the range is computed again; the chunk is in L2.
 
     So is one of 0, though it be of zeros: to tell those from lost squares, every chunk would pay.
     """

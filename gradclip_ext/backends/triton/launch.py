@@ -30,8 +30,8 @@ class CompileError(RuntimeError):
 class Launch:
     """A launch on one table: all but the arguments that change from call to call.
 
-    Those come first in the kernels' signatures. ``start`` takes them and launches the binary that has been
-    found for the others.
+    Those come first in the kernels' signatures. ``start`` is called with them and launches the binary that
+    fits all the rest.
     """
 
     # Triton spends 18 us of host time to find the binary that fits a launch, and 3 to launch it.

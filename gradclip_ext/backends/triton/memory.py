@@ -67,7 +67,7 @@ class Table:
 class _Slab:
     """Page-locked memory for the tables of captured graphs.
 
-    A graph copies its table from there at every replay and gives no notice of its end, so what was taken is
+    A graph copies its table from there at every replay and gives no notice of its end, so what it got is
     neither reused nor freed: 24 bytes a tensor and capture. It is allocated ahead of time, because not every
     torch can do that during a capture.
     """
@@ -78,7 +78,7 @@ class _Slab:
         self._lock = threading.Lock()
 
     def provide(self, numel: int) -> None:
-        """Make sure that so many integers can be taken."""
+        """Make sure that there is room for so many integers."""
         if self._left.numel() >= numel:
             return
         with self._lock:
