@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradclip_ext import _torch_functions, arguments
 from gradclip_ext.backends import Selection
-from gradclip_ext.gradients import check_representable, is_dispatch_subclass, read_gradients, read_tensors
+from gradclip_ext.checks import check_representable
+from gradclip_ext.gradients import (
+    holds_dtensor,
+    is_dispatch_subclass,
+    read_gradients,
+    read_tensors,
+)
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import Rule, raise_if_nonfinite
+
+if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = ProcessGroup | DeviceMesh
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -26,6 +38,8 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     backend: str | None = None,
+    group: Group | Sequence[Group] | None = None,
+    copies: Callable[[Any], int] | None = None,
 ) -> Tensor:
     """Scale gradients in place so that their joint norm is at most ``max_norm``; return the norm from before.
 
@@ -85,19 +99,21 @@ def clip_grad_norm_(
     rule = Rule(arguments.as_threshold("max_norm", max_norm), bool(error_if_nonfinite))
     norm_type = arguments.as_float("norm_type", norm_type)
     with torch.no_grad():
-        gradients = read_gradients(listed, Selection(backend, foreach, is_intercepted()))
+        selection = Selection(backend, foreach, is_intercepted())
+        gradients = read_gradients(listed, selection, norm_type=norm_type, group=group, copies=copies)
         if gradients is None:
             return _torch_functions.clip_grad_norm_(
                 listed, rule.max_norm, norm_type, error_if_nonfinite, foreach
             )
-        if not gradients.tensors:
+        if not gradients.tensors and not gradients.is_sharded:
             return torch.tensor(0.0)
         total_norm, clip_coef = gradients.norm(norm_type, rule)
         if rule.error_if_nonfinite:
             # Read again only to name a tensor: asking what is no leaf for .grad makes torch warn.
-            raise_if_nonfinite(total_norm, norm_type, (p.grad for p in listed))
+            grads = (None if p.grad is None else gradients.on_this_rank(p.grad) for p in listed)
+            raise_if_nonfinite(total_norm, norm_type, grads, gradients.is_sharded)
         gradients.scale_(clip_coef)
-        return total_norm
+        return gradients.as_result(total_norm)
 
 
 def get_total_norm(
@@ -107,6 +123,8 @@ def get_total_norm(
     foreach: bool | None = None,
     *,
     backend: str | None = None,
+    group: Group | Sequence[Group] | None = None,
+    copies: Callable[[Any], int] | None = None,
 ) -> Tensor:
     """Return the norm of all tensors laid out as one vector.
 
@@ -122,15 +140,16 @@ def get_total_norm(
     rule = Rule(math.inf, bool(error_if_nonfinite))
     norm_type = arguments.as_float("norm_type", norm_type)
     with torch.no_grad():
-        given = read_tensors(listed, Selection(backend, foreach, is_intercepted()))
+        selection = Selection(backend, foreach, is_intercepted())
+        given = read_tensors(listed, selection, norm_type=norm_type, group=group, copies=copies)
         if given is None:
             return _torch_functions.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
-        if not given.tensors:
+        if not given.tensors and not given.is_sharded:
             return torch.tensor(0.0)
         total_norm, _ = given.norm(norm_type, rule)
         if rule.error_if_nonfinite:
-            raise_if_nonfinite(total_norm, norm_type, listed)
-        return total_norm
+            raise_if_nonfinite(total_norm, norm_type, map(given.on_this_rank, listed), given.is_sharded)
+        return given.as_result(total_norm)
 
 
 def clip_grads_with_norm_(
@@ -172,6 +191,8 @@ def clip_grads_with_norm_(
     rule = Rule(arguments.as_threshold("max_norm", max_norm))
     total_norm = arguments.as_total_norm(total_norm)
     with torch.no_grad():
+        if holds_dtensor([total_norm]):
+            total_norm = total_norm.full_tensor()  # type: ignore[attr-defined]
         selection = Selection(backend, foreach, is_intercepted())
         gradients = read_gradients(listed, selection, allows_sparse=True)
         if gradients is None or is_dispatch_subclass(total_norm):

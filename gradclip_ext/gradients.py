@@ -5,9 +5,9 @@ All checks run before the first gradient is touched, so a call that raises has c
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor
 from gradclip_ext import _extension, arguments
 from gradclip_ext.backends import FOREACH, Selection
 from gradclip_ext.backends.base import Backend, TensorList, are_contiguous, is_regular, share_memory
+from gradclip_ext.checks import check_readable, check_writable
 from gradclip_ext.norms import REPORT, Coefficient, Rule, combine_norms, result_dtype, widest_dtype
 
-_COMPLEX = frozenset((torch.complex32, torch.complex64, torch.complex128))
-DTYPES = _COMPLEX | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _IS_CPU = operator.attrgetter("is_cpu")
 
@@ -36,6 +35,9 @@ class GradientList:
         written: what to write to, where that differs: memory that two gradients share is listed once.
         is_intercepted: see :func:`interception.is_intercepted`.
     """
+
+    #: Whether other ranks wait for this one's part of the norm, even if it has no gradient.
+    is_sharded = False
 
     def __init__(
         self,
@@ -55,13 +57,19 @@ class GradientList:
             found |= tensors.dtypes
         return found
 
-    def norm(self, norm_type: float, rule: Rule) -> tuple[Tensor, Coefficient]:
+    def has_elements(self) -> bool:
+        """Tell whether some tensor is not empty."""
+        return any(tensors.has_elements() for _, tensors in self._parts)
+
+    def norm(
+        self, norm_type: float, rule: Rule, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Coefficient]:
         """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
 
-        The norm is a new 0-d tensor on the device of the first gradient, float64 if one gradient is, else
-        float32. Between devices only one 0-d tensor each travels.
+        The norm is a new 0-d tensor on the device of the first gradient, of the dtype given or else float64
+        if one gradient is and float32 if none. Between devices only one 0-d tensor each travels.
         """
-        dtype = result_dtype(self.dtypes())
+        dtype = dtype or result_dtype(self.dtypes())
         device = self.tensors[0].device
         parts = [part for part in self._parts if part[1].has_elements()]
         if not norm_type > 0.0:
@@ -87,6 +95,14 @@ class GradientList:
             return
         for backend, tensors in self._written:
             backend.scale_(tensors, self._moved(clip_coef, tensors.device))
+
+    def as_result(self, total_norm: Tensor) -> Tensor:
+        """Return a norm as the caller gets it."""
+        return total_norm
+
+    def on_this_rank(self, tensor: Tensor) -> Tensor:
+        """Return what of a gradient lies on this rank."""
+        return tensor
 
     def clamp_(self, min: float, max: float) -> None:
         """Clamp every gradient to [min, max]."""
@@ -114,31 +130,73 @@ class GradientList:
 
 
 def read_gradients(
-    parameters: list[Any], selection: Selection, *, clamps: bool = False, allows_sparse: bool = False
+    parameters: list[Any],
+    selection: Selection,
+    *,
+    clamps: bool = False,
+    allows_sparse: bool = False,
+    norm_type: float | None = None,
+    group: Any = None,
+    copies: Any = None,
 ) -> GradientList | None:
     """Return the gradients of the parameters that have one, or None for a list with a tensor subclass
-    that dispatches by itself (DTensor, FakeTensor): such a list belongs to torch's own functions.
+    that dispatches by itself (FakeTensor): such a list belongs to torch's own functions.
 
     The same parameter listed twice (a tied weight) is one gradient. Two parameters that share a gradient's
-    memory are two gradients, written once.
+    memory are two gradients, written once. :mod:`gradclip_ext.distributed` reads what is sharded.
 
     Args:
         parameters: the elements as the caller gave them.
         selection: which backend handles a device.
         clamps: the gradients are going to be clamped, not scaled.
         allows_sparse: sparse gradients can be handled.
+        norm_type: the order of the norm that will be asked for, None if none will.
+        group: other ranks with gradients of the model, see :func:`clip.clip_grad_norm_`.
+        copies: on how many ranks of the group a gradient lies, see there.
     """
+    if copies is not None and group is None:
+        _raise_lone_copies()
     grads = _grads_of(parameters)
-    gradients = _read_native(grads, selection, written=True, clamps=clamps)
-    if gradients is not None:
-        return gradients
+    # A rank without some gradient, even without any, takes part like those that have it.
+    is_sharded = group is not None or (len(grads) < len(parameters) and holds_dtensor(parameters))
+    if not is_sharded:
+        gradients = _read_native(grads, selection, written=True, clamps=clamps)
+        if gradients is not None:
+            return gradients
+        is_sharded = holds_dtensor(grads)
+    if is_sharded:
+        from gradclip_ext import distributed  # noqa: PLC0415  (importing torch's DTensor takes a second)
+
+        return distributed.read_gradients(
+            parameters,
+            selection,
+            clamps=clamps,
+            allows_sparse=allows_sparse,
+            norm_type=norm_type,
+            group=group,
+            copies=copies,
+        )
     if _has_dispatch_subclass(grads):
         return None
     check_readable(grads, allows_sparse)
     check_writable(grads, allows_lazy=selection.loops)
-    listed_once = _listed_once(parameters)
-    if len(listed_once) < len(parameters):
-        grads = _grads_of(listed_once)
+    once = listed_once(parameters)
+    return _divided(_grads_of(once) if len(once) < len(parameters) else grads, selection)
+
+
+def read_written(
+    grads: list[Tensor], selection: Selection, *, clamps: bool = False, allows_sparse: bool = False
+) -> GradientList:
+    """Return gradients that are in this rank's memory, to be read and written."""
+    gradients = _read_native(grads, selection, written=True, clamps=clamps)
+    if gradients is not None:
+        return gradients
+    check_readable(grads, allows_sparse)
+    check_writable(grads, allows_lazy=selection.loops)
+    return _divided(grads, selection)
+
+
+def _divided(grads: list[Tensor], selection: Selection) -> GradientList:
     plain = _as_plain(grads)
     written = _distinct_memory(plain)
     parts = _parts(plain, selection, is_written=len(written) == len(plain))
@@ -148,20 +206,56 @@ def read_gradients(
     return GradientList(plain, parts, written_parts, selection.is_intercepted)
 
 
-def read_tensors(tensors: list[Any], selection: Selection) -> GradientList | None:
+def read_tensors(
+    tensors: list[Any],
+    selection: Selection,
+    *,
+    norm_type: float = 2.0,
+    group: Any = None,
+    copies: Any = None,
+) -> GradientList | None:
     """Return any tensors, each as often as it is listed, for reading only; None as read_gradients does."""
+    if copies is not None and group is None:
+        _raise_lone_copies()
     tensors = arguments.all_tensors("tensors", tensors)
+    is_sharded = group is not None
+    if not is_sharded:
+        gradients = _read_native(tensors, selection, written=False)
+        if gradients is not None:
+            return gradients
+        is_sharded = holds_dtensor(tensors)
+    if is_sharded:
+        from gradclip_ext import distributed  # noqa: PLC0415  (importing torch's DTensor takes a second)
+
+        return distributed.read_tensors(tensors, selection, norm_type=norm_type, group=group, copies=copies)
+    if _has_dispatch_subclass(tensors):
+        return None
+    return read_only(tensors, selection)
+
+
+def read_only(tensors: list[Tensor], selection: Selection) -> GradientList:
+    """Return tensors that are in this rank's memory, to be read."""
     gradients = _read_native(tensors, selection, written=False)
     if gradients is not None:
         return gradients
-    if _has_dispatch_subclass(tensors):
-        return None
     check_readable(tensors)
     plain = _as_plain(tensors)
     return GradientList(plain, _parts(plain, selection), is_intercepted=selection.is_intercepted)
 
 
-def _listed_once(parameters: list[Any]) -> list[Any]:
+def holds_dtensor(tensors: Sequence[Any]) -> bool:
+    """Tell whether one of the tensors is a DTensor, without importing what no DTensor exists without."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
+
+
+def _raise_lone_copies() -> None:
+    raise ValueError(
+        "copies was passed without group: it says on how many ranks of group= a gradient lies, so pass both"
+    )
+
+
+def listed_once(parameters: list[Any]) -> list[Any]:
     if torch.compiler.is_compiling():  # it traces no id(), and a tensor's hash is its identity
         return list(dict.fromkeys(parameters))
     return list({id(p): p for p in parameters}.values())
@@ -274,82 +368,3 @@ def _distinct_memory(tensors: list[Tensor]) -> list[Tensor]:
 
 def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.layout is torch.strided else 0
-
-
-# ---------------------------------------------------------------- checks
-
-
-def check_readable(tensors: Sequence[Tensor], allows_sparse: bool = False) -> None:
-    """Raise unless every tensor is strided (or sparse, where that is allowed) and of an allowed dtype."""
-    # `<=` between a set and a frozenset is not traced by torch.compile of 2.7 and 2.8.
-    if not {t.dtype for t in tensors} - DTYPES and (
-        allows_sparse or not {t.layout for t in tensors} - {torch.strided}
-    ):
-        return
-    for index, tensor in enumerate(tensors):
-        where = _gradient(index, tensor)
-        if tensor.layout is not torch.strided and not allows_sparse:
-            raise TypeError(
-                f"{where} has layout {tensor.layout}; only strided (dense) gradients can be clipped: "
-                "call to_dense(), or build the embedding with sparse=False"
-            )
-        if tensor.dtype not in DTYPES:
-            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in DTYPES))
-            raise TypeError(f"{where} has dtype {tensor.dtype}; allowed are {names}: convert it first")
-
-
-def check_writable(tensors: Sequence[Tensor], allows_lazy: bool) -> None:
-    """Raise unless every tensor may be written in place, each memory location once.
-
-    Args:
-        tensors: the gradients.
-        allows_lazy: lazy conjugates and negatives can be handled, one tensor at a time.
-    """
-    irregular = list(tensors)
-    if not torch.compiler.is_compiling():
-        if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
-            index = next(i for i, t in enumerate(tensors) if t.is_inference())
-            raise RuntimeError(
-                f"{_gradient(index, tensors[index])} is an inference tensor, which cannot be changed "
-                "outside of inference mode: clone() it first, or clip inside the mode"
-            )
-        if not allows_lazy and (any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors))):
-            index = next(i for i, t in enumerate(tensors) if t.is_neg() or t.is_conj())
-            raise RuntimeError(
-                f"{_gradient(index, tensors[index])} is a lazy conjugate or negative view: call "
-                "resolve_conj() or resolve_neg() on it first, or pass foreach=False"
-            )
-        if any(map(Tensor._is_zerotensor, tensors)):
-            index = next(i for i, t in enumerate(tensors) if t._is_zerotensor())
-            raise RuntimeError(
-                f"{_gradient(index, tensors[index])} is a zero tensor without memory, which cannot be "
-                "changed: clone() it first"
-            )
-        irregular = [t for t in tensors if t.layout is torch.strided and not t.is_contiguous()]
-    for tensor in irregular:
-        shared = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride()))
-        if shared and tensor.numel() > 0:
-            index = next(i for i, t in enumerate(tensors) if t is tensor)
-            raise RuntimeError(
-                f"{_gradient(index, tensor)} has strides {tensor.stride()}, so it is expanded: more than one "
-                "element refers to a single memory location, and it cannot be clipped in place. clone() it "
-                "first"
-            )
-
-
-def check_representable(dtypes: Iterable[torch.dtype], *bounds: float) -> None:
-    """Raise if a finite bound does not fit one of the gradients' dtypes, or one is complex."""
-    for dtype in dtypes:
-        if dtype in _COMPLEX:
-            raise RuntimeError(f"clamping is not defined for complex gradients, got {dtype}")
-        limit = torch.finfo(dtype).max
-        for bound in bounds:
-            if limit < abs(bound) < math.inf:
-                raise RuntimeError(
-                    f"the bound {bound} cannot be represented in {dtype} without overflow "
-                    f"(largest value {limit}): use a smaller bound, or inf for none"
-                )
-
-
-def _gradient(index: int, tensor: Tensor) -> str:
-    return f"gradient {index} (shape {tuple(tensor.shape)})"

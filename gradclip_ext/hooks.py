@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradclip_ext import arguments
-from gradclip_ext.gradients import check_representable
+from gradclip_ext.checks import check_representable
 
 
 class ClampHandle:

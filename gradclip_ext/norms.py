@@ -71,18 +71,25 @@ def combine_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
     return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)
 
 
-def raise_if_nonfinite(norm: Tensor, norm_type: float, tensors: Iterable[Tensor | None]) -> None:
+def raise_if_nonfinite(
+    norm: Tensor, norm_type: float, tensors: Iterable[Tensor | None], is_sharded: bool = False
+) -> None:
     """Raise torch's RuntimeError for a NaN or infinite norm, plus the place of the first such value.
+
+    ``is_sharded``: the norm is one over many ranks, and the tensors are what lies on this rank.
 
     Waits for the device: the one synchronisation of the package, asked for by error_if_nonfinite=True.
     """
     if torch.isfinite(norm):
         return
+    whose = "this rank's list" if is_sharded else "the list"
     where = "Every gradient is finite: the norm itself is beyond the largest float."
+    if is_sharded:
+        where = "This rank's gradients are finite: look for the value in the other ranks' messages."
     for index, tensor in enumerate(tensors):
         if tensor is not None and not _all_finite(tensor):
             where = (
-                f"The first non-finite value is in tensor {index} of the list, shape {tuple(tensor.shape)}."
+                f"The first non-finite value is in tensor {index} of {whose}, shape {tuple(tensor.shape)}."
             )
             break
     raise RuntimeError(

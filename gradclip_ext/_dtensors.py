@@ -1,0 +1,162 @@
+"""DTensors: what of them lies on this rank, and in which form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from gradclip_ext._layout import communication_device
+
+# Exactly these types: a subclass may mean something else (_NormPartial, _MaskPartial). How a tensor is cut
+# (_StridedShard) does not matter, only into how many parts.
+_SHARDS = (Shard, _StridedShard)
+_KNOWN = (*_SHARDS, Replicate, Partial)
+_SUMS = ("sum", "avg")
+_LARGER_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+# reduce_scatter_tensor warns since it got this name.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def unwrap(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[Tensor]]:
+    """Return each tensor's part on this rank, the number of its class, and one tensor of each class.
+
+    Tensors of one class have the same mesh object and the same types of placements, so each rank holds the
+    same share of them; plain tensors are one class. Comparing placements would cost as much again.
+    """
+    parts: list[Tensor] = []
+    numbers: list[int] = []
+    examples: list[Tensor] = []
+    known: dict[Any, int] = {}
+    for tensor in tensors:
+        key: Any = None
+        if type(tensor) is DTensor:
+            part = tensor._local_tensor
+            parts.append(part.wait() if type(part) is AsyncCollectiveTensor else part)
+            spec = tensor._spec
+            kinds = tuple(map(type, spec.placements))
+            key = (id(spec.mesh), kinds)
+            if Partial in kinds:
+                key = (*key, *(getattr(p, "reduce_op", None) for p in spec.placements))
+        else:
+            parts.append(tensor)
+        number = known.get(key)
+        if number is None:
+            number = known[key] = len(examples)
+            examples.append(tensor)
+        numbers.append(number)
+    return parts, numbers, examples
+
+
+def meshes_of(tensors: Sequence[Tensor]) -> list[DeviceMesh]:
+    """Return the mesh of every DTensor, each mesh object once."""
+    meshes = [t._spec.mesh for t in tensors if type(t) is DTensor]
+    return list({id(mesh): mesh for mesh in meshes}.values())
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    return tensor._spec.mesh if type(tensor) is DTensor else None
+
+
+def pieces_of(tensor: Tensor) -> int:
+    """Return into how many parts a tensor is divided, once the sums that it still lacks are taken."""
+    if type(tensor) is not DTensor:
+        return 1
+    spec = tensor._spec
+    return math.prod(spec.mesh.size(dim) for dim, p in enumerate(spec.placements) if type(p) is not Replicate)
+
+
+def partial_dims(tensor: Tensor) -> list[int]:
+    """Return the dimensions of a tensor's mesh over which it has to be summed yet."""
+    if type(tensor) is not DTensor:
+        return []
+    return [dim for dim, p in enumerate(tensor._spec.placements) if type(p) is Partial]
+
+
+def why_unsupported(tensor: Tensor) -> str | None:
+    """Return why the norm of a tensor with these placements cannot be taken here, or None if it can."""
+    if type(tensor) is not DTensor:
+        return None
+    for placement in tensor._spec.placements:
+        if type(placement) not in _KNOWN or getattr(placement, "reduce_op", "sum") not in _SUMS:
+            return f"its placement {placement} is not supported: redistribute it to Shard or Replicate first"
+    return None
+
+
+def replicated(norm: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return a norm that all ranks have as a DTensor."""
+    return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+# ---------------------------------------------------------------- gradients that still have to be summed
+
+
+class _Flat:
+    """A flat piece of a DTensor, and what remains to be summed."""
+
+    def __init__(self, values: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> None:
+        self.values = values
+        self.mesh = mesh
+        self.placements = placements
+
+
+def sum_partials(tensors: Sequence[Any]) -> list[Tensor]:
+    """Return for each DTensor with Partial placements this rank's flat piece of the summed tensor.
+
+    One reduce-scatter for each dimension of a mesh (and dtype), of all tensors together: in float32 for half
+    types, without the padding that makes the pieces equally long. All ranks of that dimension need the same
+    tensors in the same order.
+    """
+    flats = []
+    for part, tensor in zip(unwrap(tensors)[0], tensors):
+        values = part.reshape(-1).to(_LARGER_DTYPE.get(part.dtype, part.dtype))
+        flats.append(_Flat(values, tensor._spec.mesh, tensor._spec.placements))
+    for dim in reversed(range(max((len(flat.placements) for flat in flats), default=0))):
+        together: dict[Any, list[_Flat]] = {}
+        for flat in flats:
+            if dim < len(flat.placements) and type(flat.placements[dim]) is Partial:
+                together.setdefault((id(flat.mesh), flat.values.dtype), []).append(flat)
+        for group in together.values():
+            _sum_over(group, dim)
+    return [flat.values for flat in flats]
+
+
+def _sum_over(flats: list[_Flat], dim: int) -> None:
+    mesh = flats[0].mesh
+    size = mesh.size(dim)
+    if size == 1:
+        return
+    process_group = mesh.get_group(dim)
+    numels = [flat.values.numel() for flat in flats]
+    chunk = -(-sum(numels) // size)
+    values = flats[0].values
+    joined = torch.cat([*(flat.values for flat in flats), values.new_zeros(chunk * size - sum(numels))])
+    sent = joined.to(communication_device(process_group, joined.device, mesh.device_type))
+    piece = sent.new_empty(chunk)
+    if sent.is_complex():
+        _reduce_scatter(
+            torch.view_as_real(piece).view(-1), torch.view_as_real(sent).view(-1), group=process_group
+        )
+    else:
+        _reduce_scatter(piece, sent, group=process_group)
+    piece = piece.to(values.device)
+    first = mesh.get_local_rank(dim) * chunk
+    start = 0
+    for flat, numel in zip(flats, numels):
+        low, high = (min(max(edge - first, 0), chunk) for edge in (start, start + numel))
+        flat.values = piece[low:high]
+        if flat.placements[dim].reduce_op == "avg":
+            flat.values = flat.values / size
+        start += numel

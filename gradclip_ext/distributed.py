@@ -1,0 +1,389 @@
+"""Sharded training: one norm over the gradients of many ranks.
+
+Imported only when a DTensor or ``group=`` appears, because torch's DTensor takes a second to import.
+
+Each rank takes the norm of what lies on it. Every tensor's sum enters with a weight (:meth:`Layout.weight`),
+so that the sum over all ranks counts each gradient once, and one float64 number travels. Copies are weighted,
+not skipped: a NaN on any rank then reaches all of them, and nobody's coordinates in a mesh are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from gradclip_ext import _dtensors, arguments, gradients
+from gradclip_ext._dtensors import mesh_of, meshes_of, unwrap
+from gradclip_ext._layout import Layout, layout_of
+from gradclip_ext.backends import Selection
+from gradclip_ext.gradients import GradientList
+from gradclip_ext.norms import REPORT, Coefficient, Rule, result_dtype
+
+Copies = Callable[[Any], int]
+
+# Up to this order float64 holds the power of any float32 number, and sums of 10^70 of them.
+_LARGEST_DIRECT_ORDER = 6.0
+_INF_BITS = 0x7FF0_0000_0000_0000
+_WITHOUT_SIGN = 0x7FFF_FFFF_FFFF_FFFF
+
+
+def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None = None) -> Tensor:
+    """Return how many elements the model has over all ranks, each counted once.
+
+    Counts with the weights that :func:`gradclip_ext.clip_grad_norm_` gives to gradients. Where the result is
+    not the model's parameter count, ``group`` or ``copies`` do not say how it is distributed: this is the
+    check to run once at the start.
+
+    Args:
+        parameters: the parameters on this rank, with or without gradients; one listed twice counts once.
+        group: as in :func:`gradclip_ext.clip_grad_norm_`.
+        copies: as there.
+
+    Returns:
+        A 0-d int64 tensor, the same on all ranks.
+
+    Raises:
+        TypeError, ValueError: as :func:`gradclip_ext.clip_grad_norm_`.
+        RuntimeError: another rank raised one of these.
+
+    Note:
+        Communicates as the norm of order 2 does, and waits for the result.
+
+    Example:
+        >>> count_elements([torch.nn.Parameter(torch.zeros(3, 2))])
+        tensor(6)
+    """
+    listed = _parameters(parameters)
+    with torch.no_grad():
+        parts, numbers, examples = unwrap(listed)
+        layout = layout_of(meshes_of(examples), group)
+        error: Exception | None = None
+        count = math.nan
+        try:
+            weights = _weights(layout, listed, numbers, examples, copies)
+            count = sum(weight * part.numel() for weight, part in zip(weights, parts))
+        except Exception as caught:
+            error = caught  # raised once this rank has taken part in what the others wait for
+        device = parts[0].device if parts else layout.device()
+        total = layout.all_reduce(torch.tensor(count, dtype=torch.float64, device=device), dist.ReduceOp.SUM)
+        if error is not None:
+            raise error
+        if total.isnan():
+            raise RuntimeError("count_elements failed on another rank, which raised the reason")
+        return total.round().to(torch.int64)
+
+
+def warm_up(parameters: Any, *, group: Any = None) -> None:
+    """Communicate once over every group that clipping by norm will use.
+
+    A communicator is created by its first use. Without this, that may be in the first call to clip, at the
+    peak of memory, or inside a CUDA graph, where it is not possible.
+
+    Args:
+        parameters: as they will be clipped.
+        group: as in :func:`gradclip_ext.clip_grad_norm_`.
+
+    Raises:
+        TypeError, ValueError: as :func:`gradclip_ext.clip_grad_norm_`.
+
+    Note:
+        All ranks have to call it. Communicates 8 bytes as the norm does; does not synchronise.
+
+    Example:
+        >>> warm_up([torch.nn.Parameter(torch.zeros(3, 2))])
+    """
+    listed = _parameters(parameters)
+    layout = layout_of(meshes_of(listed), group)
+    device = listed[0].device if listed else layout.device()
+    layout.all_reduce(torch.zeros((), dtype=torch.float64, device=device), dist.ReduceOp.SUM)
+
+
+def _parameters(parameters: Any) -> list[Tensor]:
+    listed = arguments.as_list("parameters", parameters)
+    arguments.raise_if_not_tensors("parameters", listed)
+    return gradients.listed_once(listed)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_gradients(
+    parameters: list[Any],
+    selection: Selection,
+    *,
+    clamps: bool,
+    allows_sparse: bool,
+    norm_type: float | None,
+    group: Any,
+    copies: Copies | None,
+) -> GradientList | None:
+    """Return what :func:`gradients.read_gradients` does, of parameters with DTensors or for a group."""
+    parameters = _parameters(parameters)
+    owners = [p for p in parameters if p.grad is not None]
+    grads: list[Any] = [p.grad for p in owners]
+
+    def read(parts: list[Tensor]) -> GradientList:
+        return gradients.read_written(parts, selection, clamps=clamps, allows_sparse=allows_sparse)
+
+    if norm_type is not None:
+        call = _Call(parameters, owners, grads, selection, norm_type, group, copies)
+        return _read_for_norm(call, read)
+    parts, numbers, examples = unwrap(grads)
+    if _first(parts, gradients.is_dispatch_subclass) is not None:
+        return None
+    if clamps and (example := _first(examples, _dtensors.partial_dims)) is not None:
+        index = numbers.index(example)
+        raise RuntimeError(
+            f"gradient {index} (shape {tuple(grads[index].shape)}) has the placements "
+            f"{grads[index].placements}, so it still has to be summed over ranks, and clamping the parts of "
+            "a sum does not clamp the sum: reduce it first, for instance with redistribute()"
+        )
+    return ShardedGradients(read(parts), grads)
+
+
+def read_tensors(
+    tensors: list[Tensor], selection: Selection, *, norm_type: float, group: Any, copies: Copies | None
+) -> GradientList | None:
+    """Return what :func:`gradients.read_tensors` does, of DTensors or for a group."""
+    call = _Call(tensors, tensors, tensors, selection, norm_type, group, copies)
+    return _read_for_norm(call, lambda parts: gradients.read_only(parts, selection))
+
+
+class _Call(NamedTuple):
+    """What a norm is asked of."""
+
+    parameters: Sequence[Tensor]  # what decides which ranks take part, alike on all of them
+    owners: Sequence[Tensor]  # the parameters of the tensors
+    tensors: Sequence[Tensor]
+    selection: Selection
+    norm_type: float
+    group: Any
+    copies: Copies | None
+
+
+def _read_for_norm(call: _Call, read: Callable[[list[Tensor]], GradientList]) -> GradientList | None:
+    """Return the tensors and how they lie on the ranks, or None for what belongs to torch's functions."""
+    parts, numbers, examples = unwrap(call.tensors)
+    meshes = meshes_of([*call.parameters, *examples])  # a plain parameter may have a DTensor as its gradient
+    is_torchs = call.group is None and len(meshes) == 1
+    is_torchs = is_torchs and all(mesh_of(t) is not None for t in examples or call.parameters)
+    problem = _problem(call, parts, numbers, examples)
+    if problem is not None and is_torchs:
+        return None
+    layout = layout_of(meshes, call.group)
+    whole, weights, error = GradientList([], []), [], None
+    try:
+        if problem is not None:
+            raise NotImplementedError(problem)
+        weights = _weights(layout, call.owners, numbers, examples, call.copies)
+        whole = read(parts)
+    except Exception as caught:
+        error = caught  # raised once this rank has taken part in what the others wait for
+    partial = {number for number, example in enumerate(examples) if _dtensors.partial_dims(example)}
+    unsummed = [index for index, number in enumerate(numbers) if number in partial] if partial else []
+    joint = _JointNorm(call, layout, whole, parts, weights, unsummed, error)
+    return ShardedGradients(whole, call.tensors, joint, meshes[0] if is_torchs else None)
+
+
+def _problem(call: _Call, parts: list[Tensor], numbers: list[int], examples: list[Tensor]) -> str | None:
+    """Return why the norm cannot be taken here, with the tensor that is to blame, or None if it can."""
+    if (index := _first(parts, gradients.is_dispatch_subclass)) is not None:
+        reason = f"on this rank it holds a {type(parts[index]).__name__}, which dispatches by itself"
+    elif (example := _first(examples, _dtensors.why_unsupported)) is not None:
+        index = numbers.index(example)
+        reason = str(_dtensors.why_unsupported(examples[example]))
+    elif call.norm_type == 0.0:
+        return "order 0 counts whole tensors, and ranks hold parts of them: pass another norm_type"
+    else:
+        return None
+    return f"the norm of tensor {index} (shape {tuple(call.tensors[index].shape)}) cannot be taken: {reason}"
+
+
+def _weights(
+    layout: Layout,
+    owners: Sequence[Tensor],
+    numbers: list[int],
+    examples: Sequence[Tensor],
+    copies: Copies | None,
+) -> list[float]:
+    """Return the weight of every tensor."""
+    if copies is None:
+        by_class = [layout.weight(mesh_of(example), _dtensors.pieces_of(example)) for example in examples]
+        return [by_class[number] for number in numbers]
+    weights = []
+    for index, (owner, number) in enumerate(zip(owners, numbers)):
+        count = copies(owner)
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"copies returned {count!r} for tensor {index} (shape {tuple(owner.shape)}), not on "
+                "how many ranks of group= this same gradient lies: return an int of 1 or more"
+            )
+        example = examples[number]
+        weights.append(layout.weight(mesh_of(example), _dtensors.pieces_of(example), count))
+    return weights
+
+
+def _first(elements: Sequence[Any], test: Callable[[Any], Any]) -> int | None:
+    return next((index for index, element in enumerate(elements) if test(element)), None)
+
+
+# ---------------------------------------------------------------- the gradients of this rank
+
+
+class ShardedGradients(GradientList):
+    """This rank's part of the gradients, and their norm over all ranks.
+
+    Args:
+        whole: what lies on this rank, as one list.
+        tensors: the same as the caller gave them: DTensors and plain tensors.
+        joint: the norm; None if only values will be changed.
+        mesh: the mesh of the DTensor that a norm is returned as, None for a plain tensor.
+    """
+
+    is_sharded = True
+
+    def __init__(
+        self,
+        whole: GradientList,
+        tensors: Sequence[Tensor],
+        joint: _JointNorm | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        super().__init__(whole.tensors, whole._parts, whole._written, whole._is_intercepted)
+        self._wrappers = tensors
+        self._joint = joint
+        self._mesh = mesh
+
+    def norm(
+        self, norm_type: float, rule: Rule, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Coefficient]:
+        """Return the norm over all ranks, the same bits on each, and the coefficient that follows from it."""
+        assert self._joint is not None
+        total = self._joint.take().to(dtype or self._joint.dtype)
+        return total, rule.clip_coef(total)
+
+    def as_result(self, total_norm: Tensor) -> Tensor:
+        return total_norm if self._mesh is None else _dtensors.replicated(total_norm, self._mesh)
+
+    def on_this_rank(self, tensor: Tensor) -> Tensor:
+        return unwrap([tensor])[0][0]
+
+    def _bump_versions(self) -> None:
+        super()._bump_versions()
+        if not self._is_intercepted:
+            torch.autograd.graph.increment_version(self._wrappers)
+
+
+class _JointNorm:
+    """The norm of tensors over all ranks of a layout.
+
+    Args:
+        call: what is asked for.
+        layout: the ranks.
+        whole: what lies on this rank, as one list.
+        parts: the same as tensors.
+        weights: the weight of each.
+        unsummed: positions of the tensors that still have to be summed over ranks.
+        error: why there is no norm on this rank. The others get NaN, instead of waiting for this one.
+    """
+
+    def __init__(
+        self,
+        call: _Call,
+        layout: Layout,
+        whole: GradientList,
+        parts: list[Tensor],
+        weights: list[float],
+        unsummed: list[int],
+        error: Exception | None,
+    ) -> None:
+        self._call = call
+        self._layout = layout
+        self._whole = whole
+        self._parts = parts
+        self._weights = weights
+        self._unsummed = unsummed
+        self._error = error
+        some = parts or unwrap(call.parameters)[0]
+        self._device = some[0].device if some else layout.device()
+        #: The dtype of the norm.
+        self.dtype = result_dtype({t.dtype for t in some})
+
+    def take(self) -> Tensor:
+        """Return the norm in float64.
+
+        Raises:
+            Exception: the error of this rank, after it has taken part in what the others wait for.
+        """
+        error = self._error
+        pieces = _dtensors.sum_partials([self._call.tensors[index] for index in self._unsummed])
+        norms = [(1.0, torch.full((), math.nan, dtype=torch.float64, device=self._device))]
+        if error is None:
+            try:
+                norms = self._norms(pieces)
+            except Exception as caught:
+                error = caught
+        total = self._joined(norms)
+        if error is not None:
+            raise error
+        return total
+
+    def _norms(self, pieces: list[Tensor]) -> list[tuple[float, Tensor]]:
+        """Return the weights that occur, each with the norm of this rank's tensors of that weight."""
+        summed = dict(zip(self._unsummed, pieces))
+        by_weight: dict[float, list[Tensor]] = {}
+        if not summed and len(set(self._weights)) == 1:
+            lists = [(self._weights[0], self._whole)]
+        else:
+            for index, (part, weight) in enumerate(zip(self._parts, self._weights)):
+                by_weight.setdefault(weight, []).append(summed.get(index, part))
+            lists = [(w, gradients.read_only(ts, self._call.selection)) for w, ts in by_weight.items()]
+        norms = []
+        for weight, tensors in lists:
+            if tensors.has_elements():
+                norm, _ = tensors.norm(self._call.norm_type, REPORT, torch.float64)
+                norms.append((weight, norm.to(self._device)))
+        return norms
+
+    def _joined(self, norms: list[tuple[float, Tensor]]) -> Tensor:
+        order = self._call.norm_type
+        if 0.0 < order <= _LARGEST_DIRECT_ORDER:
+            return self._sum_of_powers(norms).pow(1.0 / order)
+        dominant = self._dominant([norm for _, norm in norms])
+        if math.isinf(order):
+            return dominant
+        total = dominant * self._sum_of_powers([(w, norm / dominant) for w, norm in norms]).pow(1.0 / order)
+        return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)
+
+    def _sum_of_powers(self, norms: list[tuple[float, Tensor]]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for weight, norm in norms:
+            total = total + norm.pow(self._call.norm_type) * weight
+        return self._layout.all_reduce(total, dist.ReduceOp.SUM)
+
+    def _dominant(self, norms: list[Tensor]) -> Tensor:
+        """Return the largest norm (for orders above 0) or the smallest one of all ranks, NaN if one is.
+
+        Reduced as the int64 bits, which order floats of 0 and above as their values do, with NaN on top: a
+        maximum of floats drops NaN in gloo and NCCL. For the smallest, they are counted down from infinity's.
+        """
+        is_largest = self._call.norm_type > 0.0
+        # What a rank without elements gives: 0, or less than the counted-down bits of any number.
+        found = torch.full((), 0 if is_largest else -1, dtype=torch.int64, device=self._device)
+        for norm in norms:
+            bits = norm.view(torch.int64) & _WITHOUT_SIGN  # a NaN may have one
+            found = torch.maximum(found, bits if is_largest else _counted_down(bits))
+        found = self._layout.all_reduce(found, dist.ReduceOp.MAX)
+        if not is_largest:
+            found = torch.where(found < 0, torch.zeros_like(found), _counted_down(found))
+        return found.view(torch.float64)
+
+
+def _counted_down(bits: Tensor) -> Tensor:
+    return torch.where(bits <= _INF_BITS, _INF_BITS - bits, bits)
