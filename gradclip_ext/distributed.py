@@ -174,8 +174,13 @@ def _read_for_norm(call: _Call, read: Callable[[list[Tensor]], GradientList]) ->
     is_torchs = call.group is None and len(meshes) == 1
     is_torchs = is_torchs and all(mesh_of(t) is not None for t in examples or call.parameters)
     problem = _problem(call, parts, numbers, examples)
-    if problem is not None and is_torchs:
+    if is_torchs and (problem is not None or call.norm_type == 0.0):
         return None
+    if call.norm_type == 0.0:
+        raise NotImplementedError(
+            "norm_type=0 counts whole tensors, of which ranks hold parts: pass another norm_type, or DTensors of "
+            "one mesh without group="
+        )
     layout = layout_of(meshes, call.group)
     whole, weights, error = GradientList([], []), [], None
     try:
@@ -198,8 +203,6 @@ def _problem(call: _Call, parts: list[Tensor], numbers: list[int], examples: lis
     elif (example := _first(examples, _dtensors.why_unsupported)) is not None:
         index = numbers.index(example)
         reason = str(_dtensors.why_unsupported(examples[example]))
-    elif call.norm_type == 0.0:
-        return "order 0 counts whole tensors, and ranks hold parts of them: pass another norm_type"
     else:
         return None
     return f"the norm of tensor {index} (shape {tuple(call.tensors[index].shape)}) cannot be taken: {reason}"
