@@ -178,8 +178,8 @@ def _read_for_norm(call: _Call, read: Callable[[list[Tensor]], GradientList]) ->
         return None
     if call.norm_type == 0.0:
         raise NotImplementedError(
-            "norm_type=0 counts whole tensors, of which ranks hold parts: pass another norm_type, or DTensors of "
-            "one mesh without group="
+            "norm_type=0 counts whole tensors, of which ranks hold parts: pass another norm_type, or only "
+            "DTensors of one mesh and no group="
         )
     layout = layout_of(meshes, call.group)
     whole, weights, error = GradientList([], []), [], None

@@ -38,9 +38,12 @@ class Ranks:
             pipe.send((function, args))
         end = time.monotonic() + timeout
         answers: list[Any] = [None] * WORLD_SIZE
-        for rank, pipe in enumerate(self._pipes):
-            if pipe.poll(max(0.0, end - time.monotonic())):
-                answers[rank] = pipe.recv()
+        while any(a is None for a in answers) and time.monotonic() < end:
+            for rank, pipe in enumerate(self._pipes):
+                if answers[rank] is None and pipe.poll(0.01):
+                    answers[rank] = pipe.recv()
+                    if not answers[rank][0]:  # the others may be waiting for this one
+                        end = min(end, time.monotonic() + 3.0)
         waiting = [rank for rank, answer in enumerate(answers) if answer is None]
         failed = {rank: a[1] for rank, a in enumerate(answers) if a is not None and not a[0]}
         if waiting or failed:
