@@ -92,7 +92,7 @@ def why_unsupported(tensor: Tensor) -> str | None:
     for placement in tensor._spec.placements:
         if type(placement) not in _KNOWN or getattr(placement, "reduce_op", "sum") not in _SUMS:
             return (
-                f"its placement {placement!r} is not supported: redistribute it to Shard or Replicate first"
+                f"its placement {placement!r} is not supported: redistribute it to Shard or Replicate"
             )
     return None
 

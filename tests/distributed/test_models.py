@@ -14,6 +14,7 @@ from cases import needs_gloo
 from ranks import Ranks
 from sharding import collectives, local, mesh, plain
 from torch import nn
+from torch.distributed.tensor import Replicate
 
 import gradclip_ext
 from gradclip_ext import distributed, reference
@@ -22,7 +23,7 @@ pytestmark = [
     needs_gloo,
     pytest.mark.skipif(
         not hasattr(torch.cpu.Stream, "record_event"),
-        reason="this torch's fully_shard does not run on the CPU",
+        reason="no fully_shard on the CPU in this torch",
     ),
 ]
 
@@ -30,8 +31,9 @@ Wrap = Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]
 
 
 def original() -> nn.Module:
+    """Return a model of 76 elements: FSDP1 pads its flat parameter to a multiple of the ranks, and counts that."""
     torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3, bias=False), nn.LayerNorm(3))
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2, bias=False), nn.LayerNorm(2))
 
 
 def with_fully_shard(model: nn.Module, on: Any) -> nn.Module:
@@ -42,15 +44,17 @@ def with_fully_shard(model: nn.Module, on: Any) -> nn.Module:
     return model
 
 
-def with_tensor_parallelism(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def with_tensor_parallelism(model: nn.Module, whole: bool) -> nn.Module:
     from torch.distributed.tensor.parallel import (  # noqa: PLC0415
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    return parallelize_module(model, mesh(2, 2)["b"], {name: plan[name] for name in names})
+    plan: dict[str, Any] = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    if not whole:
+        plan = {"0": ColwiseParallel(output_layouts=Replicate())}
+    return parallelize_module(model, mesh(2, 2)["b"], plan)
 
 
 def fsdp1(model: nn.Module, use_orig_params: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -64,11 +68,11 @@ MODELS: dict[str, Wrap] = {
     "fully_shard": lambda m: (with_fully_shard(m, mesh(4)), {}),
     "HSDP": lambda m: (with_fully_shard(m, mesh(2, 2)), {}),
     "FSDP + TP": lambda m: (
-        with_fully_shard(with_tensor_parallelism(m, ("0", "2")), mesh(2, 2)["a"]),
+        with_fully_shard(with_tensor_parallelism(m, whole=True), mesh(2, 2)["a"]),
         {"group": ()},  # LayerNorm's parameters lie on the data-parallel mesh alone
     ),
     "FSDP + TP of one layer": lambda m: (
-        with_fully_shard(with_tensor_parallelism(m, ("0",)), mesh(2, 2)["a"]),
+        with_fully_shard(with_tensor_parallelism(m, whole=False), mesh(2, 2)["a"]),
         {"group": ()},
     ),
     "FSDP1, original parameters": lambda m: fsdp1(m, True),
