@@ -91,9 +91,7 @@ def why_unsupported(tensor: Tensor) -> str | None:
         return None
     for placement in tensor._spec.placements:
         if type(placement) not in _KNOWN or getattr(placement, "reduce_op", "sum") not in _SUMS:
-            return (
-                f"its placement {placement!r} is not supported: redistribute it to Shard or Replicate"
-            )
+            return f"its placement {placement!r} is not supported: redistribute it to Shard or Replicate"
     return None
 
 

@@ -165,6 +165,8 @@ def read_gradients(
             return gradients
         is_sharded = holds_dtensor(grads)
     if is_sharded:
+        if _is_untraceable(group):
+            return None
         from gradclip_ext import distributed  # noqa: PLC0415  (importing torch's DTensor takes a second)
 
         return distributed.read_gradients(
@@ -225,6 +227,8 @@ def read_tensors(
             return gradients
         is_sharded = holds_dtensor(tensors)
     if is_sharded:
+        if _is_untraceable(group):
+            return None
         from gradclip_ext import distributed  # noqa: PLC0415  (importing torch's DTensor takes a second)
 
         return distributed.read_tensors(tensors, selection, norm_type=norm_type, group=group, copies=copies)
@@ -241,6 +245,13 @@ def read_only(tensors: list[Tensor], selection: Selection) -> GradientList:
     check_readable(tensors)
     plain = _as_plain(tensors)
     return GradientList(plain, _parts(plain, selection), is_intercepted=selection.is_intercepted)
+
+
+def _is_untraceable(group: Any) -> bool:
+    """Tell whether torch.compile is at work: it traces no look at meshes, but torch's own functions."""
+    if torch.compiler.is_compiling() and group is not None:
+        raise RuntimeError("group= cannot be traced by torch.compile: clip outside of the compiled function")
+    return torch.compiler.is_compiling()
 
 
 def holds_dtensor(tensors: Sequence[Any]) -> bool:

@@ -31,7 +31,7 @@ Wrap = Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]
 
 
 def original() -> nn.Module:
-    """Return a model of 76 elements: FSDP1 pads its flat parameter to a multiple of the ranks, and counts that."""
+    """Return a model of 76 elements: FSDP1 pads its flat parameter to a multiple of the ranks."""
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2, bias=False), nn.LayerNorm(2))
 
@@ -152,6 +152,7 @@ def compiled(norm_type: float) -> None:
         torch.testing.assert_close(local(p.grad), clipped)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
 def test_compile(ranks: Ranks, norm_type: float) -> None:
+    """Under torch.compile, DTensors are torch's."""
     ranks.run(compiled, norm_type)
