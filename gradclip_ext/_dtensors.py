@@ -46,13 +46,14 @@ def unwrap(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[Ten
             part = tensor._local_tensor
             parts.append(part.wait() if type(part) is AsyncCollectiveTensor else part)
             spec = tensor._spec
-            kinds = tuple(map(type, spec.placements))
-            key = (id(spec.mesh), kinds)
-            if Partial in kinds:
-                key = (*key, *(getattr(p, "reduce_op", None) for p in spec.placements))
+            placements = spec.placements
+            key = (id(spec.mesh), *map(type, placements))
         else:
             parts.append(tensor)
         number = known.get(key)
+        if number is None and key is not None and Partial in key:  # such never enter under this key alone
+            key = (*key, *(getattr(p, "reduce_op", None) for p in placements))
+            number = known.get(key)
         if number is None:
             number = known[key] = len(examples)
             examples.append(tensor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,17 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gradclip_ext import _dtensors, arguments, gradients
 from gradclip_ext._dtensors import mesh_of, meshes_of, unwrap
+from gradclip_ext._joint_norm import Call, Copies, JointNorm
 from gradclip_ext._layout import Layout, layout_of
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradients import GradientList
-from gradclip_ext.norms import REPORT, Coefficient, Rule, result_dtype
-
-Copies = Callable[[Any], int]
-
-# Up to this order float64 holds the power of any float32 number, and sums of 10^70 of them.
-_LARGEST_DIRECT_ORDER = 6.0
-_INF_BITS = 0x7FF0_0000_0000_0000
-_WITHOUT_SIGN = 0x7FFF_FFFF_FFFF_FFFF
+from gradclip_ext.norms import Coefficient, Rule
 
 
 def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None = None) -> Tensor:
@@ -66,8 +60,8 @@ def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None 
         error: Exception | None = None
         count = math.nan
         try:
-            weights = _weights(layout, listed, numbers, examples, copies)
-            count = sum(weight * part.numel() for weight, part in zip(weights, parts))
+            classes, weights = _weights(layout, listed, numbers, examples, copies)
+            count = sum(weights[number] * part.numel() for number, part in zip(classes, parts))
         except Exception as caught:
             error = caught  # raised once this rank has taken part in what the others wait for
         device = parts[0].device if parts else layout.device()
@@ -115,6 +109,7 @@ def _parameters(parameters: Any) -> list[Tensor]:
 
 def read_gradients(
     parameters: list[Any],
+    grads: list[Any],
     selection: Selection,
     *,
     clamps: bool,
@@ -124,18 +119,19 @@ def read_gradients(
     copies: Copies | None,
 ) -> GradientList | None:
     """Return what :func:`gradients.read_gradients` does, of parameters with DTensors or for a group."""
-    parameters = _parameters(parameters)
-    owners = [p for p in parameters if p.grad is not None]
-    grads: list[Any] = [p.grad for p in owners]
+    once = gradients.listed_once(parameters)
+    if len(once) < len(parameters):
+        grads = [p.grad for p in once if p.grad is not None]
+    owners = once if len(grads) == len(once) else [p for p in once if p.grad is not None]
 
     def read(parts: list[Tensor]) -> GradientList:
         return gradients.read_written(parts, selection, clamps=clamps, allows_sparse=allows_sparse)
 
     if norm_type is not None:
-        call = _Call(parameters, owners, grads, selection, norm_type, group, copies)
+        call = Call(once, owners, grads, selection, norm_type, group, copies)
         return _read_for_norm(call, read)
     parts, numbers, examples = unwrap(grads)
-    if _first(parts, gradients.is_dispatch_subclass) is not None:
+    if gradients.has_dispatch_subclass(parts):
         return None
     if clamps and (example := _first(examples, _dtensors.partial_dims)) is not None:
         index = numbers.index(example)
@@ -151,23 +147,11 @@ def read_tensors(
     tensors: list[Tensor], selection: Selection, *, norm_type: float, group: Any, copies: Copies | None
 ) -> GradientList | None:
     """Return what :func:`gradients.read_tensors` does, of DTensors or for a group."""
-    call = _Call(tensors, tensors, tensors, selection, norm_type, group, copies)
+    call = Call(tensors, tensors, tensors, selection, norm_type, group, copies)
     return _read_for_norm(call, lambda parts: gradients.read_only(parts, selection))
 
 
-class _Call(NamedTuple):
-    """What a norm is asked of."""
-
-    parameters: Sequence[Tensor]  # what decides which ranks take part, alike on all of them
-    owners: Sequence[Tensor]  # the parameters of the tensors
-    tensors: Sequence[Tensor]
-    selection: Selection
-    norm_type: float
-    group: Any
-    copies: Copies | None
-
-
-def _read_for_norm(call: _Call, read: Callable[[list[Tensor]], GradientList]) -> GradientList | None:
+def _read_for_norm(call: Call, read: Callable[[list[Tensor]], GradientList]) -> GradientList | None:
     """Return the tensors and how they lie on the ranks, or None for what belongs to torch's functions."""
     parts, numbers, examples = unwrap(call.tensors)
     meshes = meshes_of([*call.parameters, *examples])  # a plain parameter may have a DTensor as its gradient
@@ -182,23 +166,24 @@ def _read_for_norm(call: _Call, read: Callable[[list[Tensor]], GradientList]) ->
             "DTensors of one mesh and no group="
         )
     layout = layout_of(meshes, call.group)
-    whole, weights, error = GradientList([], []), [], None
+    partial = {number for number, example in enumerate(examples) if _dtensors.partial_dims(example)}
+    unsummed = [index for index, number in enumerate(numbers) if number in partial] if partial else []
+    joint = JointNorm(call, layout, parts, unsummed)
+    whole = GradientList([], [])
     try:
         if problem is not None:
             raise NotImplementedError(problem)
-        weights = _weights(layout, call.owners, numbers, examples, call.copies)
-        whole = read(parts)
-    except Exception as caught:
-        error = caught  # raised once this rank has taken part in what the others wait for
-    partial = {number for number, example in enumerate(examples) if _dtensors.partial_dims(example)}
-    unsummed = [index for index, number in enumerate(numbers) if number in partial] if partial else []
-    joint = _JointNorm(call, layout, whole, parts, weights, unsummed, error)
+        joint.numbers, joint.weights = _weights(layout, call.owners, numbers, examples, call.copies)
+        joint.whole = whole = read(parts)
+    except Exception as error:
+        joint.error = error  # raised once this rank has taken part in what the others wait for
     return ShardedGradients(whole, call.tensors, joint, meshes[0] if is_torchs else None)
 
 
-def _problem(call: _Call, parts: list[Tensor], numbers: list[int], examples: list[Tensor]) -> str | None:
+def _problem(call: Call, parts: list[Tensor], numbers: list[int], examples: list[Tensor]) -> str | None:
     """Return why the norm cannot be taken here, with the tensor that is to blame, or None if it can."""
-    if (index := _first(parts, gradients.is_dispatch_subclass)) is not None:
+    if gradients.has_dispatch_subclass(parts):
+        index = next(i for i, part in enumerate(parts) if gradients.is_dispatch_subclass(part))
         reason = f"on this rank it holds a {type(parts[index]).__name__}, which dispatches by itself"
     elif (example := _first(examples, _dtensors.why_unsupported)) is not None:
         index = numbers.index(example)
@@ -214,11 +199,10 @@ def _weights(
     numbers: list[int],
     examples: Sequence[Tensor],
     copies: Copies | None,
-) -> list[float]:
-    """Return the weight of every tensor."""
+) -> tuple[Sequence[int], list[float]]:
+    """Return the number of each tensor's class, and the weights of the classes: with copies, one a tensor."""
     if copies is None:
-        by_class = [layout.weight(mesh_of(example), _dtensors.pieces_of(example)) for example in examples]
-        return [by_class[number] for number in numbers]
+        return numbers, [layout.weight(mesh_of(e), _dtensors.pieces_of(e)) for e in examples]
     weights = []
     for index, (owner, number) in enumerate(zip(owners, numbers)):
         count = copies(owner)
@@ -229,7 +213,7 @@ def _weights(
             )
         example = examples[number]
         weights.append(layout.weight(mesh_of(example), _dtensors.pieces_of(example), count))
-    return weights
+    return range(len(weights)), weights
 
 
 def _first(elements: Sequence[Any], test: Callable[[Any], Any]) -> int | None:
@@ -255,7 +239,7 @@ class ShardedGradients(GradientList):
         self,
         whole: GradientList,
         tensors: Sequence[Tensor],
-        joint: _JointNorm | None = None,
+        joint: JointNorm | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__(whole.tensors, whole._parts, whole._written, whole._is_intercepted)
@@ -268,7 +252,7 @@ class ShardedGradients(GradientList):
     ) -> tuple[Tensor, Coefficient]:
         """Return the norm over all ranks, the same bits on each, and the coefficient that follows from it."""
         assert self._joint is not None
-        total = self._joint.take().to(dtype or self._joint.dtype)
+        total = self._joint.take().to(dtype or self._joint.dtype())
         return total, rule.clip_coef(total)
 
     def as_result(self, total_norm: Tensor) -> Tensor:
@@ -281,112 +265,3 @@ class ShardedGradients(GradientList):
         super()._bump_versions()
         if not self._is_intercepted:
             torch.autograd.graph.increment_version(self._wrappers)
-
-
-class _JointNorm:
-    """The norm of tensors over all ranks of a layout.
-
-    Args:
-        call: what is asked for.
-        layout: the ranks.
-        whole: what lies on this rank, as one list.
-        parts: the same as tensors.
-        weights: the weight of each.
-        unsummed: positions of the tensors that still have to be summed over ranks.
-        error: why there is no norm on this rank. The others get NaN, instead of waiting for this one.
-    """
-
-    def __init__(
-        self,
-        call: _Call,
-        layout: Layout,
-        whole: GradientList,
-        parts: list[Tensor],
-        weights: list[float],
-        unsummed: list[int],
-        error: Exception | None,
-    ) -> None:
-        self._call = call
-        self._layout = layout
-        self._whole = whole
-        self._parts = parts
-        self._weights = weights
-        self._unsummed = unsummed
-        self._error = error
-        some = parts or unwrap(call.parameters)[0]
-        self._device = some[0].device if some else layout.device()
-        #: The dtype of the norm.
-        self.dtype = result_dtype({t.dtype for t in some})
-
-    def take(self) -> Tensor:
-        """Return the norm in float64.
-
-        Raises:
-            Exception: the error of this rank, after it has taken part in what the others wait for.
-        """
-        error = self._error
-        pieces = _dtensors.sum_partials([self._call.tensors[index] for index in self._unsummed])
-        norms = [(1.0, torch.full((), math.nan, dtype=torch.float64, device=self._device))]
-        if error is None:
-            try:
-                norms = self._norms(pieces)
-            except Exception as caught:
-                error = caught
-        total = self._joined(norms)
-        if error is not None:
-            raise error
-        return total
-
-    def _norms(self, pieces: list[Tensor]) -> list[tuple[float, Tensor]]:
-        """Return the weights that occur, each with the norm of this rank's tensors of that weight."""
-        summed = dict(zip(self._unsummed, pieces))
-        by_weight: dict[float, list[Tensor]] = {}
-        if not summed and len(set(self._weights)) == 1:
-            lists = [(self._weights[0], self._whole)]
-        else:
-            for index, (part, weight) in enumerate(zip(self._parts, self._weights)):
-                by_weight.setdefault(weight, []).append(summed.get(index, part))
-            lists = [(w, gradients.read_only(ts, self._call.selection)) for w, ts in by_weight.items()]
-        norms = []
-        for weight, tensors in lists:
-            if tensors.has_elements():
-                norm, _ = tensors.norm(self._call.norm_type, REPORT, torch.float64)
-                norms.append((weight, norm.to(self._device)))
-        return norms
-
-    def _joined(self, norms: list[tuple[float, Tensor]]) -> Tensor:
-        order = self._call.norm_type
-        if 0.0 < order <= _LARGEST_DIRECT_ORDER:
-            return self._sum_of_powers(norms).pow(1.0 / order)
-        dominant = self._dominant([norm for _, norm in norms])
-        if math.isinf(order):
-            return dominant
-        total = dominant * self._sum_of_powers([(w, norm / dominant) for w, norm in norms]).pow(1.0 / order)
-        return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)
-
-    def _sum_of_powers(self, norms: list[tuple[float, Tensor]]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for weight, norm in norms:
-            total = total + norm.pow(self._call.norm_type) * weight
-        return self._layout.all_reduce(total, dist.ReduceOp.SUM)
-
-    def _dominant(self, norms: list[Tensor]) -> Tensor:
-        """Return the largest norm (for orders above 0) or the smallest one of all ranks, NaN if one is.
-
-        Reduced as the int64 bits, which order floats of 0 and above as their values do, with NaN on top: a
-        maximum of floats drops NaN in gloo and NCCL. For the smallest, they are counted down from infinity's.
-        """
-        is_largest = self._call.norm_type > 0.0
-        # What a rank without elements gives: 0, or less than the counted-down bits of any number.
-        found = torch.full((), 0 if is_largest else -1, dtype=torch.int64, device=self._device)
-        for norm in norms:
-            bits = norm.view(torch.int64) & _WITHOUT_SIGN  # a NaN may have one
-            found = torch.maximum(found, bits if is_largest else _counted_down(bits))
-        found = self._layout.all_reduce(found, dist.ReduceOp.MAX)
-        if not is_largest:
-            found = torch.where(found < 0, torch.zeros_like(found), _counted_down(found))
-        return found.view(torch.float64)
-
-
-def _counted_down(bits: Tensor) -> Tensor:
-    return torch.where(bits <= _INF_BITS, _INF_BITS - bits, bits)

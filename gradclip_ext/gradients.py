@@ -171,6 +171,7 @@ def read_gradients(
 
         return distributed.read_gradients(
             parameters,
+            grads,
             selection,
             clamps=clamps,
             allows_sparse=allows_sparse,
@@ -178,7 +179,7 @@ def read_gradients(
             group=group,
             copies=copies,
         )
-    if _has_dispatch_subclass(grads):
+    if has_dispatch_subclass(grads):
         return None
     check_readable(grads, allows_sparse)
     check_writable(grads, allows_lazy=selection.loops)
@@ -232,7 +233,7 @@ def read_tensors(
         from gradclip_ext import distributed  # noqa: PLC0415  (importing torch's DTensor takes a second)
 
         return distributed.read_tensors(tensors, selection, norm_type=norm_type, group=group, copies=copies)
-    if _has_dispatch_subclass(tensors):
+    if has_dispatch_subclass(tensors):
         return None
     return read_only(tensors, selection)
 
@@ -330,7 +331,7 @@ def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     return found
 
 
-def _has_dispatch_subclass(tensors: Sequence[Tensor]) -> bool:
+def has_dispatch_subclass(tensors: Sequence[Tensor]) -> bool:
     """Tell whether a DTensor, FakeTensor or other ``__torch_dispatch__`` subclass is among them.
 
     Such a tensor has no memory of its own to read: ``DTensor.data_ptr()`` is 0.

@@ -1,0 +1,140 @@
+"""The norm over all ranks: what each of them adds, and how it is put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradclip_ext import _dtensors, gradients
+from gradclip_ext._dtensors import unwrap
+from gradclip_ext._layout import Layout
+from gradclip_ext.backends import Selection
+from gradclip_ext.gradients import GradientList
+from gradclip_ext.norms import REPORT, result_dtype
+
+Copies = Callable[[Any], int]
+
+# Up to this order float64 holds the power of any float32 number, and sums of 10^70 of them.
+_LARGEST_DIRECT_ORDER = 6.0
+_INF_BITS = 0x7FF0_0000_0000_0000
+_WITHOUT_SIGN = 0x7FFF_FFFF_FFFF_FFFF
+
+
+class Call(NamedTuple):
+    """What a norm is asked of."""
+
+    parameters: Sequence[Tensor]  # what decides which ranks take part, alike on all of them
+    owners: Sequence[Tensor]  # the parameters of the tensors
+    tensors: Sequence[Tensor]
+    selection: Selection
+    norm_type: float
+    group: Any
+    copies: Copies | None
+
+
+class JointNorm:
+    """The norm of tensors over all ranks of a layout.
+
+    Args:
+        call: what is asked for.
+        layout: the ranks.
+        parts: what of each tensor lies on this rank.
+        unsummed: positions of the tensors that still have to be summed over ranks.
+    """
+
+    def __init__(self, call: Call, layout: Layout, parts: list[Tensor], unsummed: list[int]) -> None:
+        self._call = call
+        self._layout = layout
+        self._parts = parts
+        self._unsummed = unsummed
+        some = parts or unwrap(call.parameters)[0]
+        self._device = some[0].device if some else layout.device()
+        self._dtypes = {t.dtype for t in some} if not parts else set()
+        #: The parts as one list, the class of each, and the weight of each class.
+        self.whole = GradientList([], [])
+        self.numbers: Sequence[int] = ()
+        self.weights: list[float] = []
+        #: Why there is no norm on this rank. The others get NaN, instead of waiting for this one.
+        self.error: Exception | None = None
+
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the result; without a gradient, the parameters decide."""
+        return result_dtype(self._dtypes or self.whole.dtypes())
+
+    def take(self) -> Tensor:
+        """Return the norm in float64.
+
+        Raises:
+            Exception: the error of this rank, after it has taken part in what the others wait for.
+        """
+        error = self.error
+        pieces = _dtensors.sum_partials([self._call.tensors[index] for index in self._unsummed])
+        norms = [(1.0, torch.full((), math.nan, dtype=torch.float64, device=self._device))]
+        if error is None:
+            try:
+                norms = self._norms(pieces)
+            except Exception as caught:
+                error = caught
+        total = self._joined(norms)
+        if error is not None:
+            raise error
+        return total
+
+    def _norms(self, pieces: list[Tensor]) -> list[tuple[float, Tensor]]:
+        """Return the weights that occur, each with the norm of this rank's tensors of that weight."""
+        if not pieces and len(set(self.weights)) == 1:
+            lists = [(self.weights[0], self.whole)]
+        else:
+            summed = dict(zip(self._unsummed, pieces))
+            by_weight: dict[float, list[Tensor]] = {}
+            for index, (part, number) in enumerate(zip(self._parts, self.numbers)):
+                by_weight.setdefault(self.weights[number], []).append(summed.get(index, part))
+            lists = [(w, gradients.read_only(ts, self._call.selection)) for w, ts in by_weight.items()]
+        norms = []
+        for weight, tensors in lists:
+            if tensors.has_elements():
+                norm, _ = tensors.norm(self._call.norm_type, REPORT, torch.float64)
+                norms.append((weight, norm.to(self._device)))
+        return norms
+
+    def _joined(self, norms: list[tuple[float, Tensor]]) -> Tensor:
+        order = self._call.norm_type
+        if 0.0 < order <= _LARGEST_DIRECT_ORDER:
+            return self._sum_of_powers(norms).pow(1.0 / order)
+        dominant = self._dominant([norm for _, norm in norms])
+        if math.isinf(order):
+            return dominant
+        total = dominant * self._sum_of_powers([(w, norm / dominant) for w, norm in norms]).pow(1.0 / order)
+        return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)
+
+    def _sum_of_powers(self, norms: list[tuple[float, Tensor]]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for weight, norm in norms:
+            total = total + norm.pow(self._call.norm_type) * weight
+        return self._layout.all_reduce(total, dist.ReduceOp.SUM)
+
+    def _dominant(self, norms: list[Tensor]) -> Tensor:
+        """Return the largest norm (for orders above 0) or the smallest one of all ranks, NaN if one is.
+
+        Reduced as the int64 bits, which order floats of 0 and above as their values do, with NaN on top: a
+        maximum of floats drops NaN in gloo and NCCL. For the smallest, they are counted down from infinity's.
+        """
+        is_largest = self._call.norm_type > 0.0
+        # What a rank without elements gives: 0, or less than the counted-down bits of any number.
+        found = torch.full((), 0 if is_largest else -1, dtype=torch.int64, device=self._device)
+        for norm in norms:
+            bits = norm.view(torch.int64) & _WITHOUT_SIGN  # a NaN may have one
+            found = torch.maximum(found, bits if is_largest else _counted_down(bits))
+        found = self._layout.all_reduce(found, dist.ReduceOp.MAX)
+        if not is_largest:
+            found = torch.where(found < 0, torch.zeros_like(found), _counted_down(found))
+        return found.view(torch.float64)
+
+
+def _counted_down(bits: Tensor) -> Tensor:
+    return torch.where(bits <= _INF_BITS, _INF_BITS - bits, bits)
