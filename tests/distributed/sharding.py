@@ -54,7 +54,8 @@ class Model:
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return values of both signs over about three decades, none of them zero."""
         uniform = torch.rand(2, *shape, generator=self.generator, dtype=torch.float64)
-        return ((uniform[0] - 0.5).sign() * torch.exp(uniform[1] * 7.0 - 4.0)).to(dtype)
+        values = (uniform[0] - 0.5).sign() * torch.exp(uniform[1] * 7.0 - 4.0)
+        return torch.complex(values, values.flip(0)).to(dtype) if dtype.is_complex else values.to(dtype)
 
     def add(
         self, shape: tuple[int, ...], on: DeviceMesh | None = None, *placements: Any, **options: Any
@@ -67,6 +68,10 @@ class Model:
         kept = [Replicate() if type(p) is Partial else p for p in placements]
         sizes = [on.size(dim) if type(p) is Partial else 1 for dim, p in enumerate(placements)]
         addends = [self.random(*shape, **options) for _ in range(math.prod(sizes))]
+        if len(addends) > 1:  # multiples of 2^-12, which float32 adds without rounding: they may cancel
+            addends = [
+                ((a * 4096.0).round() / 4096.0).to(addends[0].dtype) for a in map(oracle.wide, addends)
+            ]
         coordinate = on.get_coordinate()
         own = 0
         if coordinate is not None:
@@ -75,7 +80,7 @@ class Model:
         averaged = math.prod(
             on.size(d) for d, p in enumerate(placements) if getattr(p, "reduce_op", "") == "avg"
         )
-        whole = torch.stack([a.double() for a in addends]).sum(0) / averaged
+        whole = torch.stack([oracle.wide(a) for a in addends]).sum(0) / averaged
         part = [distribute_tensor(addend, on, kept).to_local() for addend in addends][own]  # sends rank 0's
         param = torch.nn.Parameter(distribute_tensor(torch.zeros_like(addends[0]), on, kept))
         param.grad = DTensor.from_local(

@@ -138,7 +138,7 @@ def compiled(norm_type: float) -> None:
     params = list(model.parameters())
     before = [local(p.grad).clone() for p in params]
 
-    @torch.compile(fullgraph=True, backend="eager")
+    @torch.compile(fullgraph=True, dynamic=False, backend="eager")
     def clip() -> torch.Tensor:
         return gradclip_ext.clip_grad_norm_(params, 1e-2, norm_type)
 
