@@ -64,24 +64,58 @@ def clip_grad_norm_(
         backend: name of the backend to insist on, or None to choose by device. A gradient
             with gaps in memory or of complex dtype is handled by ``"foreach"`` whichever
             backend is named.
+        group: a ProcessGroup, a DeviceMesh or a sequence of these, the same on all ranks and
+            in the same order: the ranks that hold *other* gradients of the model (pipeline
+            stages, experts, Megatron's tensor-parallel weights, FSDP1's shards). A plain
+            gradient then is a different one on each of these ranks. None: plain gradients
+            are this rank's matter, and DTensors are joined over their own meshes. ``()``: as
+            None, and ranks outside of a smaller mesh hold copies of its DTensors (FSDP with a
+            partial tensor-parallel plan). A rank without parameters names the mesh of the
+            others too, as they do: ``group=[stage_mesh, pp_mesh]``.
+        copies: a function from a parameter to the number of ranks of ``group`` on which its
+            gradient is the *same* (a norm's weight on all tensor-parallel ranks, an embedding
+            tied across two stages), 1 for most. :func:`gradclip_ext.distributed.count_elements`
+            tells whether group and copies describe the model.
 
     Returns:
         A new 0-d tensor on the device of the first gradient, float32 or float64. With no
-        gradient at all, ``torch.tensor(0.0)``.
+        gradient at all, ``torch.tensor(0.0)``. Where torch returns a DTensor (DTensors of one
+        mesh, no group), a replicated DTensor. The same bits on all ranks.
 
     Raises:
         TypeError: parameters is a module, or an element or gradient is of the wrong kind
-            (not a tensor, sparse, integer, float8).
-        ValueError: max_norm is negative or NaN, or the backend does not exist.
+            (not a tensor, sparse, integer, float8); group is not one of its types, or this
+            rank is not in it.
+        ValueError: max_norm is negative or NaN, or the backend does not exist; DTensors lie on
+            meshes over different ranks and group is None; meshes overlap and none holds the
+            ranks of all; a group overlaps the ranks before it in part; copies returns less
+            than 1 or more than there are, or is passed without group.
         RuntimeError: error_if_nonfinite is set and the norm is NaN or infinite (the message
-            names the first tensor that is to blame); a gradient is expanded; foreach=True on
-            a device without foreach support. No exception changes any gradient.
+            names the first tensor that is to blame, and on the other ranks says that theirs
+            are finite); a gradient is expanded; foreach=True on a device without foreach
+            support; group under torch.compile. No exception changes any gradient of the rank
+            that raises; where only one rank raises, the others get a NaN norm instead of
+            waiting for it.
+        NotImplementedError: norm_type is 0 or a placement is not supported, among DTensors of
+            several meshes, plain tensors or a group. With one mesh alone, torch's function
+            handles these.
 
     Note:
-        Does not synchronise with an accelerator unless error_if_nonfinite is set; runs on
-        the current stream. A NaN gives a NaN norm and NaN gradients, an infinity gives norm
-        inf and finite gradients become 0, as in torch; with ``max_norm=inf`` nothing is
-        scaled. DTensors and other tensor subclasses go to torch's function unchanged.
+        Does not synchronise with an accelerator unless error_if_nonfinite is set, or a group
+        cannot communicate on the gradients' device; runs on the current stream. A NaN gives a
+        NaN norm and NaN gradients, an infinity gives norm inf and finite gradients become 0,
+        as in torch; with ``max_norm=inf`` nothing is scaled. Subclasses other than DTensor
+        that dispatch by themselves go to torch's function unchanged, and under torch.compile
+        so do DTensors.
+
+        Communicates only with DTensors or a group: one float64 number in one all-reduce
+        over the mesh or, if that has several dimensions, over the world if these ranks are
+        all of it, else over one dimension after the other. A finite norm_type outside of
+        (0, 6] takes one more, for the largest (smallest) norm. Partial gradients are first
+        summed by one reduce-scatter for each dimension of a mesh and dtype; all ranks of that
+        dimension need the same gradients in the same order. Otherwise lists may differ
+        between ranks, and a rank without gradients takes part. Over many ranks, float64
+        gradients overflow where their norm to the power norm_type does.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -130,7 +164,9 @@ def get_total_norm(
 
     Takes the tensors themselves (gradients, weights, activations), not parameters, and
     only reads them. Equivalent to :func:`torch.nn.utils.get_total_norm`; arguments, result,
-    errors and synchronisation as in :func:`clip_grad_norm_`. Expanded tensors are welcome.
+    errors, synchronisation and communication as in :func:`clip_grad_norm_`, except that the
+    tensors' own meshes decide which ranks take part, so an empty list without ``group`` does
+    not communicate, and ``copies`` gets the tensors. Expanded tensors are welcome.
 
     Example:
         >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
@@ -170,6 +206,7 @@ def clip_grads_with_norm_(
         parameters: as in :func:`clip_grad_norm_`.
         max_norm: largest allowed norm, 0 or more; ``inf`` scales nothing.
         total_norm: real 0-d tensor on any device; half types and integers become float32 first.
+            A DTensor is made whole, which communicates unless it is replicated.
         foreach: as in :func:`clip_grad_norm_`.
         backend: as in :func:`clip_grad_norm_`.
 
@@ -178,7 +215,8 @@ def clip_grads_with_norm_(
         ValueError: total_norm is not 0-d; otherwise as :func:`clip_grad_norm_`.
 
     Note:
-        Synchronises only to bring a total_norm from an accelerator to gradients on the CPU.
+        Synchronises only to bring a total_norm from an accelerator to gradients on the CPU. Of
+        DTensors each rank scales its own part, without communication.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -223,10 +261,12 @@ def clip_grad_value_(
         TypeError: as :func:`clip_grad_norm_`.
         ValueError: clip_value is negative or NaN.
         RuntimeError: clip_value is finite but beyond the range of a gradient's dtype, or a
-            gradient is complex or expanded. No exception changes any gradient.
+            gradient is complex, expanded or a DTensor that still has to be summed over ranks
+            (Partial). No exception changes any gradient.
 
     Note:
-        Never synchronises. NaN stays NaN, infinities become the bound.
+        Never synchronises; of DTensors each rank clamps its own part, without communication.
+        NaN stays NaN, infinities become the bound.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
@@ -263,10 +303,12 @@ def clamp_grad_(
         TypeError: as :func:`clip_grad_norm_`.
         ValueError: both bounds are None, one is NaN, or min exceeds max.
         RuntimeError: a finite bound is beyond the range of a gradient's dtype, or a gradient
-            is complex or expanded. No exception changes any gradient.
+            is complex, expanded or a DTensor that still has to be summed over ranks (Partial).
+            No exception changes any gradient.
 
     Note:
-        Never synchronises. NaN stays NaN, infinities become the bound on their side.
+        Never synchronises; of DTensors each rank clamps its own part, without communication.
+        NaN stays NaN, infinities become the bound on their side.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(3))

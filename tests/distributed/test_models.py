@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import oracle
 import pytest
+import test_groups
 import torch
 import torch.distributed as dist
-from cases import needs_gloo
+from cases import SEED, needs_gloo
 from ranks import Ranks
-from sharding import collectives, local, mesh, plain
+from sharding import check_norm, collectives, local, mesh, plain
+from subprocesses import TESTS
+from test_groups import Distributed
 from torch import nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 
 import gradclip_ext
 from gradclip_ext import distributed, reference
@@ -26,6 +32,8 @@ pytestmark = [
         reason="no fully_shard on the CPU in this torch",
     ),
 ]
+
+README = TESTS.parent / "README.md"
 
 Wrap = Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]
 
@@ -156,3 +164,48 @@ def compiled(norm_type: float) -> None:
 def test_compile(ranks: Ranks, norm_type: float) -> None:
     """Under torch.compile, DTensors are torch's."""
     ranks.run(compiled, norm_type)
+
+
+# ---------------------------------------------------------------- the recipes of README
+
+
+def readme_recipes() -> list[str]:
+    """Return every call of clip_grad_norm_ in README's table of other tools."""
+    if not README.exists():
+        return []
+    section = README.read_text(encoding="utf-8").split("## Beside other tools")[1].split("\n## ")[0]
+    return re.findall(r"`(clip_grad_norm_\([^`]+\))`", section)
+
+
+def run_recipe(recipe: str, seed: int) -> None:
+    names: dict[str, Any] = {"clip_grad_norm_": gradclip_ext.clip_grad_norm_, "max_norm": 1e-2}
+    model = Distributed(seed)
+    if "tp_size" in recipe:
+        names["tp"], names["pp"] = test_groups.megatron(model)["group"]
+        names["tp_size"] = 2
+        for param in model.params:
+            param.tensor_model_parallel = param.shape != (4,)
+    elif "ep_mesh" in recipe:
+        names["ep_mesh"] = test_groups.experts(model)["group"]
+    elif "pp_mesh" in recipe:
+        names["pp_mesh"] = test_groups.pipeline(model)["group"]
+    elif "group=()" in recipe:
+        test_groups.partial_tensor_parallelism(model)
+    elif "fsdp." in recipe:
+        names["fsdp"] = mock.Mock(process_group=test_groups.fsdp1(model)["group"])
+        names["fsdp"].parameters = lambda: model.params
+    else:
+        model.add((8, 4), mesh(2, 2), Replicate(), Shard(0))
+    names["model"] = mock.Mock(parameters=lambda: model.params)
+    before = [part.clone() for part in model.parts()]
+    norm = plain(eval(recipe, names))
+    check_norm(norm, model, 2.0)
+    oracle.assert_scaled(model.parts(), before, norm, 1e-2)
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md beside the tests")
+def test_recipes(ranks: Ranks) -> None:
+    recipes = readme_recipes()
+    assert len(recipes) == 6
+    for recipe in recipes:
+        ranks.run(run_recipe, recipe, SEED)
