@@ -81,11 +81,10 @@ class Model:
             on.size(d) for d, p in enumerate(placements) if getattr(p, "reduce_op", "") == "avg"
         )
         whole = torch.stack([oracle.wide(a) for a in addends]).sum(0) / averaged
-        part = [distribute_tensor(addend, on, kept).to_local() for addend in addends][own]  # sends rank 0's
-        param = torch.nn.Parameter(distribute_tensor(torch.zeros_like(addends[0]), on, kept))
-        param.grad = DTensor.from_local(
-            part.clone(), on, placements, run_check=False, shape=addends[0].shape, stride=addends[0].stride()
-        )
+        part = [distributed_part(addend, on, kept) for addend in addends][own]  # sends rank 0's
+        like = {"shape": addends[0].shape, "stride": addends[0].stride(), "run_check": False}
+        param = torch.nn.Parameter(DTensor.from_local(torch.zeros_like(part), on, kept, **like))
+        param.grad = DTensor.from_local(part, on, placements, **like)
         self.params.append(param)
         self.whole.append(whole if len(addends) > 1 else addends[0])
 
@@ -95,6 +94,14 @@ class Model:
 
     def norm(self, norm_type: float) -> float:
         return reference.total_norm(self.whole, norm_type)
+
+
+def distributed_part(whole: Tensor, on: DeviceMesh, placements: list[Any]) -> Tensor:
+    """Return what of a tensor lies on this rank, as memory of its own."""
+    if whole.is_complex():  # gloo of torch 2.6 sends none
+        pair = [distributed_part(half.contiguous(), on, placements) for half in (whole.real, whole.imag)]
+        return torch.complex(*pair)
+    return distribute_tensor(whole, on, placements).to_local().clone()
 
 
 def local(tensor: Any) -> Tensor:

@@ -131,9 +131,14 @@ def test_results_are_of_torchs_type(ranks: Ranks) -> None:
 def left_to_torch(seed: int) -> None:
     """Order 0, and placements that are no sums."""
     model = sharded(seed)
-    ours = gradclip_ext.get_total_norm([p.grad for p in model.params], 0.0)
-    theirs = torch.nn.utils.get_total_norm([p.grad for p in model.params], 0.0)
-    assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+    grads = [p.grad for p in model.params]
+    try:
+        theirs = torch.nn.utils.get_total_norm(grads, 0.0)
+    except NotImplementedError:  # torch 2.6
+        with pytest.raises(NotImplementedError, match="norm type"):
+            gradclip_ext.get_total_norm(grads, 0.0)
+    else:
+        assert torch.equal(gradclip_ext.get_total_norm(grads, 0.0).full_tensor(), theirs.full_tensor())
     largest = DTensor.from_local(torch.ones(3) * dist.get_rank(), mesh(4), [Partial("max")], run_check=False)
     assert gradclip_ext.get_total_norm([largest]).full_tensor() > 0
     with pytest.raises(NotImplementedError, match=r"tensor 1 \(shape \(3,\)\).*Partial.*redistribute"):
