@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -186,3 +187,25 @@ def _seconds(params: list[Any]) -> float:
     start = time.perf_counter()
     clip_grad_norm_(params, 1e9)
     return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("types", "shares_backend", "preferred", "device", "expected"),
+    [
+        (["cuda"], False, None, "cpu", "cuda"),  # offloaded gradients, and a group of NCCL's alone
+        (["cuda"], False, "cuda", "cpu", "cuda"),
+        (["cuda", "cpu"], True, None, "cpu", "cpu"),  # gloo takes both
+        (["cuda", "cpu"], True, None, "cuda", "cuda"),
+        (["cpu", "cuda"], False, None, "cpu", "cuda"),  # two backends: all ranks on one side
+        (["cpu", "cuda"], False, "cpu", "cpu", "cpu"),  # a mesh on the CPU
+        (["cpu"], False, None, "cuda", "cpu"),
+    ],
+)
+def test_where_a_group_communicates(
+    types: list[str], shares_backend: bool, preferred: str | None, device: str, expected: str
+) -> None:
+    one = object()
+    group = mock.Mock(_device_types=[torch.device(kind) for kind in types])
+    group._get_backend = lambda on: one if shares_backend else on.type
+    found = _layout.communication_device(group, torch.device(device), preferred)
+    assert found.type == expected
