@@ -49,11 +49,10 @@ class GradientList:
         self._written = parts if written is None else written
         self._is_intercepted = is_intercepted
 
-    def dtypes(self) -> set[torch.dtype]:
-        found: set[torch.dtype] = set()
-        for _, tensors in self._parts:
-            found |= tensors.dtypes
-        return found
+    def dtypes(self) -> frozenset[torch.dtype]:
+        if len(self._parts) == 1:
+            return self._parts[0][1].dtypes
+        return frozenset().union(*(tensors.dtypes for _, tensors in self._parts))
 
     def norm(self, norm_type: float, rule: Rule) -> tuple[Tensor, Coefficient]:
         """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
@@ -114,7 +113,7 @@ class GradientList:
 
 
 def read_gradients(
-    parameters: list[Any], selection: Selection, *, clamps: bool = False, allows_sparse: bool = False
+    parameters: list[Any], selection: Selection, *, needs_sign: bool = False, allows_sparse: bool = False
 ) -> GradientList | None:
     """Return the gradients of the parameters that have one, or None for a list with a tensor subclass
     that dispatches by itself (DTensor, FakeTensor): such a list belongs to torch's own functions.
@@ -125,11 +124,12 @@ def read_gradients(
     Args:
         parameters: the elements as the caller gave them.
         selection: which backend handles a device.
-        clamps: the gradients are going to be clamped, not scaled.
+        needs_sign: what will be done depends on the sign of an element, as a clamp between bounds that are
+            not symmetric does.
         allows_sparse: sparse gradients can be handled.
     """
     grads = _grads_of(parameters)
-    gradients = _read_native(grads, selection, written=True, clamps=clamps)
+    gradients = _read_native(grads, selection, written=True, needs_sign=needs_sign)
     if gradients is not None:
         return gradients
     if _has_dispatch_subclass(grads):
@@ -179,7 +179,7 @@ def _grads_of(parameters: list[Any]) -> list[Tensor]:
 
 
 def _read_native(
-    tensors: list[Tensor], selection: Selection, *, written: bool, clamps: bool = False
+    tensors: list[Tensor], selection: Selection, *, written: bool, needs_sign: bool = False
 ) -> GradientList | None:
     """Return the list as the compiled module reads it, at a fifth of the time that Python takes.
 
@@ -188,10 +188,15 @@ def _read_native(
     if _extension.C is None or not _extension.C.CAN_READ or selection.is_intercepted or selection.loops:
         return None
     native = _extension.C.read_tensors(tensors, written) if tensors else None
-    if native is None or (clamps and _extension.C.any_negative(tensors)):
+    if native is None:
         return None
     listed = TensorList(tensors, native)
-    return GradientList(tensors, [(selection.backend_for(listed.device), listed)])
+    backend = selection.backend_for(listed.device)
+    # Whether memory holds negated values is asked only where it matters: kernels compute norms, products
+    # and symmetric clamps without knowing, torch's list operations refuse such tensors.
+    if (needs_sign or (written and backend is FOREACH)) and _extension.C.any_negative(tensors):
+        return None
+    return GradientList(tensors, [(backend, listed)])
 
 
 def _parts(tensors: list[Tensor], selection: Selection, *, is_written: bool = False) -> list[Part]:
