@@ -46,7 +46,8 @@ HeldList from_columns(const py::list& tensors, const std::string& columns, unsig
                       bool is_cuda, int32_t device_index);
 
 /// Tells whether a tensor is a lazy negative (its memory holds the negated values): DLPack does not
-/// say so. Norms, products and symmetric clamps come out right without knowing, other clamps do not.
+/// say so. Norms, products and symmetric clamps come out right without knowing, other clamps do
+/// not.
 bool any_negative(const py::list& tensors);
 
 }  // namespace gradclip::python
