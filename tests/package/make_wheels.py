@@ -55,6 +55,7 @@ def make(python: str, version: str, architecture: str, zig: Path) -> Path:
         "--config-settings=--build-option=--plat-name=" + tag,
         GRADCLIP_EXT_BUILD="cpu",
         CXX=f"{zig} -m ziglang c++ -target {architecture}-linux-gnu.{glibc}",
+        LDFLAGS="-O3",  # without it, zig links a C++ runtime of its debug mode
         SETUPTOOLS_EXT_SUFFIX=f".cpython-{number}-{architecture}-linux-gnu.so",
     )  # fmt: skip
     (wheel,) = folder.glob("*.whl")
