@@ -134,29 +134,47 @@ def host_times(results: Results, path: Path) -> bool:
     """Draw the host time of a call against the number of tensors; see speedups."""
     if not results.host or not available():
         return False
+    curves = {
+        impl: [(h.tensors, h.p50_us) for h in results.host if h.impl == impl]
+        for impl in dict.fromkeys(h.impl for h in results.host)
+    }
+    figure = _call_times(curves, f"{results.title}: host time of one call, warm", "µs")
+    figure.axes[0].set_xlabel("one-element tensors in the list (log scale)", fontsize=9)
+    _save(figure, path, results)
+    return True
+
+
+def sharded_times(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> bool:
+    """Draw the milliseconds of a call against the number of DTensors, a curve per name."""
+    if not available():
+        return False
+    figure = _call_times(curves, title, "ms")
+    figure.axes[0].set_xlabel("DTensors in the list (log scale)", fontsize=9)
+    _save(figure, path)
+    return True
+
+
+def _call_times(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, unit: str) -> Any:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    for number, impl in enumerate(dict.fromkeys(h.impl for h in results.host)):
-        points = [h for h in results.host if h.impl == impl]
+    for number, (name, points) in enumerate(curves.items()):
         axis.plot(
-            [h.tensors for h in points],
-            [h.p50_us for h in points],
+            [count for count, _ in points],
+            [time for _, time in points],
             linestyle=_LINES[number % len(_LINES)],
             marker="os^Dvx"[number % 6],
             color=_SHADES[number % len(_SHADES)],
-            label=impl,
+            label=name,
         )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.grid(which="both", color="#e8e8e8")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_major_formatter("{x:,g}")
-    axis.set_xlabel("one-element tensors in the list (log scale)", fontsize=9)
-    axis.set_ylabel("time until clip_grad_norm_ returns (µs, log scale)", fontsize=9)
-    axis.set_title(f"{results.title}: host time of one call, warm", fontsize=9)
+    axis.set_ylabel(f"time until clip_grad_norm_ returns ({unit}, log scale)", fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
-    _save(figure, path, results)
-    return True
+    return figure
 
 
 def training(

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from gradclip_ext import _extension
 from gradclip_ext._layout import communication_device
 
 # Exactly these types: a subclass may mean something else (_NormPartial, _MaskPartial). How a tensor is cut
@@ -36,6 +37,10 @@ def unwrap(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[Ten
     Tensors of one class have the same mesh object and the same types of placements, so each rank holds the
     same share of them; plain tensors are one class. Comparing placements would cost as much again.
     """
+    if _extension.C is not None and tensors:
+        found = _extension.C.unwrap(list(tensors), DTensor, _KNOWN)
+        if found is not None and len(found) == 1 and not partial_dims(tensors[0]):
+            return found[0][1], [0] * len(tensors), [tensors[0]]
     parts: list[Tensor] = []
     numbers: list[int] = []
     examples: list[Tensor] = []

@@ -328,7 +328,7 @@ def clamp_grad_(
 
 def _clamp_(parameters: list[Any], low: float, high: float, selection: Selection) -> bool:
     """Clamp the gradients, or return False for a list that belongs to torch's own functions."""
-    gradients = read_gradients(parameters, selection, clamps=True)
+    gradients = read_gradients(parameters, selection, clamps=True, needs_sign=low != -high)
     if gradients is None:
         return False
     if gradients.tensors:

@@ -113,6 +113,7 @@ def read_gradients(
     selection: Selection,
     *,
     clamps: bool,
+    needs_sign: bool,
     allows_sparse: bool,
     norm_type: float | None,
     group: Any,
@@ -125,7 +126,7 @@ def read_gradients(
     owners = once if len(grads) == len(once) else [p for p in once if p.grad is not None]
 
     def read(parts: list[Tensor]) -> GradientList:
-        return gradients.read_written(parts, selection, clamps=clamps, allows_sparse=allows_sparse)
+        return gradients.read_written(parts, selection, needs_sign=needs_sign, allows_sparse=allows_sparse)
 
     if norm_type is not None:
         call = Call(once, owners, grads, selection, norm_type, group, copies)

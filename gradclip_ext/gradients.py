@@ -51,11 +51,10 @@ class GradientList:
         self._written = parts if written is None else written
         self._is_intercepted = is_intercepted
 
-    def dtypes(self) -> set[torch.dtype]:
-        found: set[torch.dtype] = set()
-        for _, tensors in self._parts:
-            found |= tensors.dtypes
-        return found
+    def dtypes(self) -> frozenset[torch.dtype]:
+        if len(self._parts) == 1:
+            return self._parts[0][1].dtypes
+        return frozenset().union(*(tensors.dtypes for _, tensors in self._parts))
 
     def has_elements(self) -> bool:
         """Tell whether some tensor is not empty."""
@@ -134,6 +133,7 @@ def read_gradients(
     selection: Selection,
     *,
     clamps: bool = False,
+    needs_sign: bool = False,
     allows_sparse: bool = False,
     norm_type: float | None = None,
     group: Any = None,
@@ -149,6 +149,8 @@ def read_gradients(
         parameters: the elements as the caller gave them.
         selection: which backend handles a device.
         clamps: the gradients are going to be clamped, not scaled.
+        needs_sign: what will be done depends on the sign of an element, as a clamp between bounds that are
+            not symmetric does.
         allows_sparse: sparse gradients can be handled.
         norm_type: the order of the norm that will be asked for, None if none will.
         group: other ranks with gradients of the model, see :func:`clip.clip_grad_norm_`.
@@ -160,7 +162,7 @@ def read_gradients(
     # A rank without some gradient, even without any, takes part like those that have it.
     is_sharded = group is not None or (len(grads) < len(parameters) and holds_dtensor(parameters))
     if not is_sharded:
-        gradients = _read_native(grads, selection, written=True, clamps=clamps)
+        gradients = _read_native(grads, selection, written=True, needs_sign=needs_sign)
         if gradients is not None:
             return gradients
         is_sharded = holds_dtensor(grads)
@@ -174,6 +176,7 @@ def read_gradients(
             grads,
             selection,
             clamps=clamps,
+            needs_sign=needs_sign,
             allows_sparse=allows_sparse,
             norm_type=norm_type,
             group=group,
@@ -188,10 +191,10 @@ def read_gradients(
 
 
 def read_written(
-    grads: list[Tensor], selection: Selection, *, clamps: bool = False, allows_sparse: bool = False
+    grads: list[Tensor], selection: Selection, *, needs_sign: bool = False, allows_sparse: bool = False
 ) -> GradientList:
     """Return gradients that are in this rank's memory, to be read and written."""
-    gradients = _read_native(grads, selection, written=True, clamps=clamps)
+    gradients = _read_native(grads, selection, written=True, needs_sign=needs_sign)
     if gradients is not None:
         return gradients
     check_readable(grads, allows_sparse)
@@ -285,7 +288,7 @@ def _grads_of(parameters: list[Any]) -> list[Tensor]:
 
 
 def _read_native(
-    tensors: list[Tensor], selection: Selection, *, written: bool, clamps: bool = False
+    tensors: list[Tensor], selection: Selection, *, written: bool, needs_sign: bool = False
 ) -> GradientList | None:
     """Return the list as the compiled module reads it, at a fifth of the time that Python takes.
 
@@ -294,10 +297,15 @@ def _read_native(
     if _extension.C is None or not _extension.C.CAN_READ or selection.is_intercepted or selection.loops:
         return None
     native = _extension.C.read_tensors(tensors, written) if tensors else None
-    if native is None or (clamps and _extension.C.any_negative(tensors)):
+    if native is None:
         return None
     listed = TensorList(tensors, native)
-    return GradientList(tensors, [(selection.backend_for(listed.device), listed)])
+    backend = selection.backend_for(listed.device)
+    # Whether memory holds negated values is asked only where it matters: kernels compute norms, products
+    # and symmetric clamps without knowing, torch's list operations refuse such tensors.
+    if (needs_sign or (written and backend is FOREACH)) and _extension.C.any_negative(tensors):
+        return None
+    return GradientList(tensors, [(backend, listed)])
 
 
 def _parts(tensors: list[Tensor], selection: Selection, *, is_written: bool = False) -> list[Part]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
-
-_FLOAT64 = (torch.float64, torch.complex128)
 
 # A number where the host knows it, otherwise a 0-d tensor on the device that computed the norm.
 Coefficient = float | Tensor
@@ -41,9 +39,9 @@ class Rule:
 REPORT = Rule(math.inf)
 
 
-def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def result_dtype(dtypes: Collection[torch.dtype]) -> torch.dtype:
     """Return the dtype of a norm that users get: float64 as soon as one gradient is, else float32."""
-    return torch.float64 if any(dtype in _FLOAT64 for dtype in dtypes) else torch.float32
+    return torch.float64 if torch.float64 in dtypes or torch.complex128 in dtypes else torch.float32
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

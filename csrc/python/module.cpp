@@ -10,7 +10,6 @@
 
 #include <optional>
 #include <utility>
-#include <vector>
 
 #include "core/rule.h"
 #include "cpu/operations.h"
@@ -55,14 +54,6 @@ void cpu_clamp(const HeldList& list, double min, double max) {
   cpu::clamp(list.spans, min, max, threads);
 }
 
-std::vector<int> dtypes(const HeldList& list) {
-  std::vector<int> found;
-  for (int dtype = 0; dtype < kDTypes; ++dtype) {
-    if (list.holds(static_cast<DType>(dtype))) found.push_back(dtype);
-  }
-  return found;
-}
-
 }  // namespace
 }  // namespace gradclip::python
 
@@ -79,12 +70,13 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("device_index", &HeldList::device_index)
       .def_property_readonly("has_elements",
                              [](const HeldList& list) { return list.spans.size() != 0; })
-      .def_property_readonly("dtypes", &dtypes)
+      .def_readonly("dtypes", &HeldList::dtypes)
       .def_property_readonly("columns",
                              [](const HeldList& list) { return py::bytes(list.columns()); });
   m.def("gradients", &gradients);
   m.def("read_tensors", &read_tensors);
   m.def("from_columns", &from_columns);
+  m.def("unwrap", &unwrap);
   m.def("any_negative", &any_negative);
   m.def("cpu_norm", &cpu_norm);
   m.def("cpu_scale_", &cpu_scale);

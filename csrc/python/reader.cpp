@@ -172,6 +172,8 @@ py::list gradients(const py::list& parameters) {
   return found;
 }
 
+bool is_plain(PyObject* object) { return torch().is_plain(object); }
+
 bool can_read() { return torch().exchange != nullptr; }
 
 std::optional<HeldList> read_tensors(const py::list& tensors, bool written) {

@@ -29,6 +29,9 @@ struct HeldList {
   std::string columns() const;
 };
 
+/// Tells a torch.Tensor or Parameter from anything else, subclasses included.
+bool is_plain(PyObject* object);
+
 /// Returns the gradients of those parameters that have one, in order, as `[p.grad for p in ...]`
 /// does. Raises AttributeError for an element that has no `.grad`.
 py::list gradients(const py::list& parameters);
@@ -45,8 +48,15 @@ std::optional<HeldList> read_tensors(const py::list& tensors, bool written);
 HeldList from_columns(const py::list& tensors, const std::string& columns, unsigned dtypes,
                       bool is_cuda, int32_t device_index);
 
+/// Divides a list of DTensors and plain tensors by mesh and *types* of placements. Returns a list
+/// of (an example of `_spec`, local tensors) in the order of first appearance, with None as the
+/// spec of plain tensors; or None if the list has something else, a placement of another type than
+/// the given ones, or a local tensor of a subclass.
+py::object unwrap(const py::list& tensors, const py::object& dtensor, const py::tuple& placements);
+
 /// Tells whether a tensor is a lazy negative (its memory holds the negated values): DLPack does not
-/// say so. Norms and products come out right without knowing, clamps do not.
+/// say so. Norms, products and symmetric clamps come out right without knowing, other clamps do
+/// not.
 bool any_negative(const py::list& tensors);
 
 }  // namespace gradclip::python

@@ -16,6 +16,11 @@ from gradclip_ext.norms import Coefficient, Rule
 # The dtypes that kernels know, in the order of DType in csrc/core/tensor_list.h.
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CODES = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
+# What the compiled module tells as bits: bit d for KERNEL_DTYPES[d].
+_DTYPES_OF_BITS = tuple(
+    frozenset(dtype for dtype, code in _CODES.items() if bits >> code & 1)
+    for bits in range(1 << len(KERNEL_DTYPES))
+)
 
 
 class TensorList:
@@ -37,10 +42,10 @@ class TensorList:
         self.prepared: Any = None
         if native is None:
             self.device = tensors[0].device
-            self.dtypes = {t.dtype for t in tensors}
+            self.dtypes = frozenset(t.dtype for t in tensors)
         else:
             self.device = torch.device("cuda", native.device_index) if native.is_cuda else _CPU
-            self.dtypes = {KERNEL_DTYPES[code] for code in native.dtypes}
+            self.dtypes = _DTYPES_OF_BITS[native.dtypes]
 
     def has_elements(self) -> bool:
         """Tell whether some tensor is not empty."""

@@ -31,7 +31,8 @@ class CpuBackend:
         norm, clip_coef = _extension.C.cpu_norm(
             tensors.native(), norm_type, rule.max_norm, dtype is torch.float64
         )
-        return torch.tensor(norm, dtype=dtype, device="cpu"), clip_coef
+        # half the time of torch.tensor()
+        return torch.scalar_tensor(norm, dtype=dtype, device=tensors.device), clip_coef
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
         _extension.C.cpu_scale_(tensors.native(), float(clip_coef))
