@@ -27,7 +27,7 @@ void scale(void* data, int64_t numel, double coef) {
   update_rows<Format>(kernel, data, numel);
 }
 
-/// Clamps rows to [min, max] and writes those that change; comparing lets NaN through.
+/// Clamps rows to [min, max] and writes those that change. NaN compares as inside and stays NaN.
 template <typename Format>
 struct Clamp {
   using Vec = typename Format::Vec;

@@ -47,7 +47,7 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
   out.chunks = list.chunks();
   out.total_norm = results;
   out.clip_coef = static_cast<char*>(results) + (float64 ? 8 : 4);
-  out.float64 = float64 != 0;
+  out.is_float64 = float64 != 0;
   out.rule = {max_norm};
   const bool in_float32 =
       !float64 && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
