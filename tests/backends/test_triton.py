@@ -97,8 +97,8 @@ def test_nothing_is_launched_before_everything_compiles(log: list, install: Inst
 
 
 def test_a_norm_is_not_launched_before_its_last_kernel_compiles(log: list, install: Install) -> None:
-    install(fails=lambda constants: "CHUNK" not in constants)  # finish_kernel alone
-    with pytest.raises(CompileError, match="finish_kernel"):
+    install(fails=lambda constants: "CHUNK" not in constants)  # finalize_kernel alone
+    with pytest.raises(CompileError, match="finalize_kernel"):
         gradclip_ext.clip_grad_norm_(parameters((3,)), 1.0, backend="triton")
     assert launches(log) == []
 

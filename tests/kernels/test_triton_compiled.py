@@ -67,7 +67,7 @@ def test_whole_tiles_move_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.Tem
         pytest.skip(report["missing"])
     for name, found in report["kernels"].items():
         accesses = found["accesses"]
-        if not name.startswith("finish_kernel"):
+        if not name.startswith("finalize_kernel"):
             loads = 8 if "norm" in name else 4
             assert accesses.get("global_load_dwordx4", 0) >= loads, (name, accesses)
         if name.startswith(("scale_kernel", "clamp_kernel")):
@@ -113,7 +113,7 @@ def test_launches_are_triton_s_own_and_take_a_fraction_of_the_time(
     """A launcher reads as many arguments as its kernel has, whatever it is given."""
     folder = tmp_path_factory.mktemp("triton_cache")
     found = json.loads(run_with_triton(TESTS / "support" / "triton_launched.py", folder, timeout=300))
-    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+    names = ("norm_kernel", "finalize_kernel", "scale_kernel", "clamp_kernel")
     assert found["same"] == dict.fromkeys(names, True)
     # Reading the list, the norm's rule and three launches: Triton's own way takes 60 us for the launches.
     if found["compiled_module"]:
