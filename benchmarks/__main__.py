@@ -20,7 +20,7 @@ from benchmarks.plan import Plan, UsageError, Work, parse, plan
 from benchmarks.results import Record, Results, Skipped
 from benchmarks.terminal import Progress
 
-# Host times take about as long as one operation on 800 MB of gradients; for the progress bar.
+# For the progress bar: host times take about as long as one operation on 800 MB of gradients.
 _HOST_WEIGHT = 5.0
 # How many times --check measures again what looks worse.
 _CONFIRMATIONS = 2
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Run:
-    """A plan being carried out.
+    """Carries out a plan.
 
     Args:
         chosen: the plan.
@@ -89,7 +89,7 @@ class Run:
         """Measure and print case by case, and save after each."""
         done = {r.key[:4] for r in self.results.records}
         left = self._work(lambda key: key not in done)
-        # A fixed part for the repeats and one that grows with the bytes: enough to estimate the end.
+        # A fixed part for the repeats and one that grows with the bytes: a good enough estimate of the time.
         weights = {pair: 1.0 + gradient_bytes(*pair) / 200e6 for pair in left}
         total = sum(weights[pair] * len(operations) for pair, operations in left.items())
         with Progress(total + (0.0 if self.results.host else _HOST_WEIGHT)) as progress:

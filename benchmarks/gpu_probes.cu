@@ -2,8 +2,8 @@
 // design has to choose (loads in flight, blocks, direction, dependent launch) as arguments. Plain C
 // functions, so that they compile in seconds and load with ctypes; each returns a cudaError_t.
 //
-// A buffer is 16-byte aligned and a multiple of kThreads * 16 loads * 16 bytes = 64 KiB; what is
-// left over is not touched.
+// A buffer is 16-byte aligned and a multiple of kThreads * 16 loads * 16 bytes = 64 KiB; the
+// rest is not accessed.
 
 #include <cuda_runtime.h>
 
@@ -75,8 +75,9 @@ struct Parameters {
 };
 
 template <int kBytes>
-__global__ void parameters_kernel(const __grid_constant__ Parameters<kBytes> given, unsigned* out) {
-  if (threadIdx.x == 0) *out = given.bytes[kBytes - 1 - *out % 2];
+__global__ void parameters_kernel(const __grid_constant__ Parameters<kBytes> parameters,
+                                  unsigned* out) {
+  if (threadIdx.x == 0) *out = parameters.bytes[kBytes - 1 - *out % 2];
 }
 
 template <int kLoads>

@@ -1,4 +1,4 @@
-"""Plots, drawn to be read: units on every axis, told apart by marker and dash, not by colour alone."""
+"""The figures. Every axis has a unit; series differ by marker and dash, not by colour alone."""
 
 from __future__ import annotations
 

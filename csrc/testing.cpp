@@ -116,7 +116,7 @@ void check_cut(Random& random) {
   LaunchTable<3> launch;
   int64_t index = 0, in_launch = 0;
   for (int64_t tensor = 0; tensor < list.size(); ++tensor) {
-    const int64_t most = chunk_numel(list[tensor].dtype, chunk_bytes);
+    const int64_t max_length = chunk_numel(list[tensor].dtype, chunk_bytes);
     if (tensor % 3 == 0) {
       const int64_t next = fill_launch(list, tensor, launch);
       random.expect(next == std::min(tensor + 3, list.size()) && launch.first_chunk == index);
@@ -124,12 +124,13 @@ void check_cut(Random& random) {
     }
     random.expect(launch.numel(tensor % 3) == list[tensor].numel);
     random.expect(launch.dtype(tensor % 3) == list[tensor].dtype);
-    for (int64_t offset = 0; offset < list[tensor].numel; offset += most, ++index, ++in_launch) {
+    for (int64_t offset = 0; offset < list[tensor].numel;
+         offset += max_length, ++index, ++in_launch) {
       random.expect(list.tensor_of(index) == tensor);
       random.expect(tensor_of(launch.chunk_prefix, launch.tensors, in_launch) == tensor % 3);
       const Chunk chunk = list.chunk(index, tensor);
       random.expect(chunk.tensor == tensor && chunk.offset == offset);
-      random.expect(chunk.length == std::min(most, list[tensor].numel - offset));
+      random.expect(chunk.length == std::min(max_length, list[tensor].numel - offset));
     }
   }
   random.expect(index == list.chunks());

@@ -35,7 +35,7 @@ template <typename Format>
 double max_magnitude(const void* data, int64_t numel) {
   using Bits = typename Format::Bits;
   MaxMagnitude<Format> kernel;
-  read_rows<Format>(kernel, data, numel);
+  for_rows<Format>(kernel, data, numel);
   LaneOf<Bits> largest = 0;
   for (int i = 0; i < kLanes<Bits>; ++i) {
     largest = kernel.largest[i] > largest ? kernel.largest[i] : largest;
@@ -104,7 +104,7 @@ struct Float64Sum {
 template <typename Format, typename Term>
 double sum_in_float64(const void* data, int64_t numel, Term term) {
   Float64Sum<Format, Term> kernel{term};
-  read_rows<Format>(kernel, data, numel);
+  for_rows<Format>(kernel, data, numel);
   return sum(kernel.low + kernel.high);
 }
 
@@ -160,7 +160,7 @@ double sum_terms(const void* data, int64_t numel) {
     return sum_in_float64<Format>(data, numel, Term{});
   } else {
     Float32Sum<Format, Term> kernel{Term{}};
-    read_rows<Format>(kernel, data, numel);
+    for_rows<Format>(kernel, data, numel);
     const double total = sum(kernel.low + kernel.high);
     // If denormals are flushed to zero, a term loses up to 2^-126 = 1.2e-38. The 32,768 terms of
     // the longest chunk together lose 3.9e-34, less than 4e-7 of the smallest total that is

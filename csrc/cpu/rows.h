@@ -20,51 +20,41 @@ struct Row {
 
 // ---------------------------------------------------------------- formats
 
-struct Float32 {
-  using Item = float;
-  using Bits = I32;
-  using Vec = F32;
-  static constexpr int64_t kRow = kRowBytes / 4;
+/// A dtype whose elements are computed in as they are.
+template <typename T, typename B, typename V>
+struct Native {
+  using Item = T;
+  using Bits = B;
+  using Vec = V;
+  static constexpr int64_t kRow = kRowBytes / sizeof(T);
 
-  static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
-    Row<F32> row;
+  static GRADCLIP_INLINE Row<V> load_row(const T* x) {
+    Row<V> row;
     GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) row.v[i] = load<F32>(x + i * kLanes<F32>);
+    for (int i = 0; i < kVectors; ++i) row.v[i] = load<V>(x + i * kLanes<V>);
     return row;
   }
-  static GRADCLIP_INLINE void store_row(Item* x, const Row<F32>& row) {
+  static GRADCLIP_INLINE void store_row(T* x, const Row<V>& row) {
     GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<F32>, row.v[i]);
+    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<V>, row.v[i]);
   }
 };
 
-struct Float64 {
-  using Item = double;
-  using Bits = I64;
-  using Vec = F64;
-  static constexpr int64_t kRow = kRowBytes / 8;
+using Float32 = Native<float, I32, F32>;
+using Float64 = Native<double, I64, F64>;
 
-  static GRADCLIP_INLINE Row<F64> load_row(const Item* x) {
-    Row<F64> row;
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) row.v[i] = load<F64>(x + i * kLanes<F64>);
-    return row;
-  }
-  static GRADCLIP_INLINE void store_row(Item* x, const Row<F64>& row) {
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<F64>, row.v[i]);
-  }
+/// A dtype of 16 bits that is converted to float32.
+struct Half {
+  using Item = uint16_t;
+  using Bits = I16;
+  using Vec = F32;
+  static constexpr int64_t kRow = kRowBytes / 4;
 };
 
 /// A bfloat16 is the upper half of a float32. Two elements are read as one 32-bit word: the even
 /// one is in the lower half and the odd one in the upper half (little-endian). A shift or a mask
 /// converts them, and no element has to move to another lane.
-struct BFloat16 {
-  using Item = uint16_t;
-  using Bits = I16;
-  using Vec = F32;
-  static constexpr int64_t kRow = kRowBytes / 4;
-
+struct BFloat16 : Half {
   static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
     Row<F32> row;
     GRADCLIP_UNROLL
@@ -92,12 +82,7 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
-  using Item = uint16_t;
-  using Bits = I16;
-  using Vec = F32;
-  static constexpr int64_t kRow = kRowBytes / 4;
-
+struct Float16 : Half {
   static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
     Row<F32> row;
     GRADCLIP_UNROLL
@@ -191,30 +176,20 @@ GRADCLIP_INLINE void write_part(typename Format::Item* to, const typename Format
 #endif
 
 /// Calls `kernel.rows(x, count)` for the elements of a chunk: first for its whole rows in place,
-/// then for the remaining elements, copied to a row that is padded with zeros.
-template <typename Format, typename Kernel>
-GRADCLIP_INLINE void read_rows(Kernel& kernel, const void* data, int64_t numel) {
-  const auto* x = static_cast<const typename Format::Item*>(data);
+/// then for the remaining elements, copied to a row that is padded with zeros. Unless `data` is
+/// const, that row is written back.
+template <typename Format, typename Kernel, typename Data>
+GRADCLIP_INLINE void for_rows(Kernel& kernel, Data* data, int64_t numel) {
+  using Item = typename Format::Item;
+  constexpr bool kIsConst = std::is_const_v<Data>;
+  auto* x = static_cast<std::conditional_t<kIsConst, const Item, Item>*>(data);
   const int64_t rows = numel / Format::kRow, remaining = numel % Format::kRow;
   if (rows != 0) kernel.rows(x, rows);
   if (remaining != 0) {
-    typename Format::Item last[Format::kRow];
+    Item last[Format::kRow];
     read_part<Format>(last, x + rows * Format::kRow, remaining);
     kernel.rows(last, 1);
-  }
-}
-
-/// The same for a kernel that changes elements in place.
-template <typename Format, typename Kernel>
-GRADCLIP_INLINE void update_rows(const Kernel& kernel, void* data, int64_t numel) {
-  auto* x = static_cast<typename Format::Item*>(data);
-  const int64_t rows = numel / Format::kRow, remaining = numel % Format::kRow;
-  if (rows != 0) kernel.rows(x, rows);
-  if (remaining != 0) {
-    typename Format::Item last[Format::kRow];
-    read_part<Format>(last, x + rows * Format::kRow, remaining);
-    kernel.rows(last, 1);
-    write_part<Format>(x + rows * Format::kRow, last, remaining);
+    if constexpr (!kIsConst) write_part<Format>(x + rows * Format::kRow, last, remaining);
   }
 }
 

@@ -1,4 +1,4 @@
-"""What the triton backend compiles, uploads and launches for a call. Looked at without Triton."""
+"""What the triton backend compiles, uploads and launches for a call. Tested without Triton."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_one_launch_per_dtype(log: list, install: Install) -> None:
 
 
 def test_clipping_by_norm_is_three_launches(log: list, install: Install) -> None:
-    """One kernel finishes norm and coefficient, and the scaling reads the coefficient where it is."""
+    """One kernel writes norm and coefficient, and scale_kernel reads the coefficient from the device."""
     install()
     params = parameters_of([torch.ones(3) for _ in range(100)])
     versions = [p.grad._version for p in params]
@@ -130,7 +130,7 @@ def test_what_kernels_do_not_take_goes_to_foreach(log: list, install: Install) -
         expected = {0.0: 2.0, -1.0: 0.2, -math.inf: 1.0}[p]
         assert norm([torch.ones(3), torch.ones(2)], p).item() == pytest.approx(expected)
     assert launches(log) == []
-    # Irregular tensors do not take the others along.
+    # Irregular tensors do not slow down the others.
     grads = [torch.ones(3), base[::2], torch.ones(4)]
     scale_(parameters_of(grads))
     assert launches(log) == ["scale_kernel"] and log[-1][2][2:4] == (0, 2)
@@ -173,7 +173,7 @@ def test_memory_that_two_gradients_share_is_scaled_once(log: list, install: Inst
 
 
 def test_a_binary_is_looked_for_once(log: list, install: Install) -> None:
-    """Triton takes longer to find one than to launch it."""
+    """Triton takes longer to look up a binary than to launch it."""
     install()
     for grads in ([torch.ones(3)], [torch.ones(100_000) for _ in range(7)], [torch.ones(1)]):
         all_operations(grads)
@@ -184,7 +184,7 @@ def test_a_binary_is_looked_for_once(log: list, install: Install) -> None:
         (1, lambda: scale_(params, torch.float64)),
         (2, lambda: norm(grads, 1.0)),
         (1, lambda: clamp_([half])),
-        (1, lambda: clip_(params)),  # a coefficient besides
+        (1, lambda: clip_(params)),  # with a coefficient
         (0, lambda: clip_(params, math.inf)),
     ):
         log.clear()

@@ -1,4 +1,4 @@
-"""The gate: everything here passes it, and no planted fault does."""
+"""The gate: every implementation here passes it, and no deliberate fault does."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_step_is_timed_together_with_the_clipping() -> None:
 
 
 def test_on_a_gpu_the_host_time_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device clock has to know it; on a GPU that is only named, with clocks that are made up."""
+    """The device clock needs the host time. Tested with a fake GPU and fake clocks."""
     workload = Workload(SMALL, "float32", CPU, cache_bytes=1)
     workload.device = torch.device("cuda")
     known = []
