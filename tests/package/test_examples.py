@@ -39,15 +39,24 @@ def test_readme_quotes_the_examples() -> None:
 
 
 def is_quoted(quote: str, text: str) -> bool:
-    """Tell whether the lines occur in the text, all indented by the same number of levels."""
-    return any(f"\n{indent(quote, level * ' ')}" in text for level in (0, 4, 8))
+    """Tell whether the lines occur in the text, all indented by the same number of levels.
+
+    A line "..." stands for any number of lines.
+    """
+    for level in (0, 4, 8):
+        parts = re.split(r"^\s*\.\.\.\n", indent(quote, level * " "), flags=re.MULTILINE)
+        if re.search(r"\n" + r"(?:.*\n)?".join(map(re.escape, parts)), text, re.DOTALL):
+            return True
+    return False
 
 
 def test_a_changed_quote_is_noticed() -> None:
-    text = "\nfor x in y:\n    first(x)\n    second(x)\n"
+    text = "\nfor x in y:\n    first(x)\n    second(x)\n    third(x)\nlast(x)\n"
     assert is_quoted("first(x)\nsecond(x)\n", text)
     assert is_quoted("for x in y:\n    first(x)\n", text)
+    assert is_quoted("for x in y:\n...\n    third(x)\n...\nlast(x)\n", text)
     assert not is_quoted("first(x)\nthird(x)\n", text)
+    assert not is_quoted("third(x)\n...\nfirst(x)\n", text)
     assert not is_quoted("rst(x)\n", text)
 
 
