@@ -110,9 +110,9 @@ class Probes:
         self._call("probe_parameters", int(large), self._out)
 
     def _call(self, name: str, *arguments: Tensor | ctypes.c_int64 | int) -> None:
-        addresses = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+        converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = getattr(self._library, name)(*addresses, stream)
+        error = getattr(self._library, name)(*converted, stream)
         if error:
             raise RuntimeError(f"{name} failed with CUDA error {error}")
 
@@ -128,7 +128,9 @@ def build() -> Path:
     if library.exists() and library.stat().st_mtime >= _SOURCE.stat().st_mtime:
         return library
     if shutil.which("nvcc") is None:
-        raise FileNotFoundError("nvcc is not on PATH: install the CUDA toolkit, or bring gpu_probes.so")
+        raise FileNotFoundError(
+            f"nvcc is not on PATH: install the CUDA toolkit, or copy a compiled {library.name} to {OUT}"
+        )
     OUT.mkdir(exist_ok=True)
     target = "-arch=native" if torch.cuda.is_available() else "-arch=sm_90"
     options = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", target]

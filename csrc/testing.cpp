@@ -1,6 +1,5 @@
-// gradclip_ext._testing: entry points for tests, not built into wheels. The index arithmetic that
-// the kernels run, against what it replaces, and every CPU kernel of every instruction set by
-// itself.
+// gradclip_ext._testing: entry points for tests, not built into wheels. Compares the kernels' index
+// arithmetic with simple loops, and calls every CPU kernel of every instruction set directly.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -83,7 +82,7 @@ std::string aliasing_of(const std::vector<uint64_t>& addresses, const std::vecto
 
 // ---------------------------------------------------------------- for millions of random lists
 
-/// Random numbers (splitmix64), and the complaint when they bring something to light.
+/// Random numbers (splitmix64), and the exception when a test with them fails.
 class Random {
  public:
   explicit Random(uint64_t seed) : seed_(seed), state_(seed) {}
@@ -103,8 +102,8 @@ class Random {
   uint64_t state_;
 };
 
-/// Cuts a random list and walks along it: the next chunk must be the one found by its index, in the
-/// list as in its launch.
+/// Cuts a random list into chunks and goes through them: each must be the one that is found by its
+/// index, both in the list and in its launch.
 void check_cut(Random& random) {
   const int64_t chunk_bytes = int64_t{8} << random.below(40);
   TensorList list(chunk_bytes);
@@ -136,7 +135,7 @@ void check_cut(Random& random) {
   random.expect(index == list.chunks());
 }
 
-/// Splits a random run and steps through it, one element at a time up to the first boundary.
+/// Splits random contiguous elements, and compares with a search for the first aligned element.
 void check_split(Random& random) {
   const int64_t item_size = int64_t{1} << random.below(4), vector_bytes = 16 << random.below(3);
   const auto address = static_cast<uint64_t>(random.below(256) * (random.below(8) ? item_size : 1));
@@ -151,7 +150,8 @@ void check_split(Random& random) {
   random.expect(split.head == head && split.body == body && split.tail == numel - head - body);
 }
 
-/// Compares every pair of a random list that hardly, partly or entirely coincides.
+/// Compares every pair of tensors in a random list whose tensors are disjoint, overlap or are
+/// equal.
 void check_aliasing(Random& random) {
   TensorList list(64);
   const int64_t space = int64_t{1} << random.below(20);
@@ -202,7 +202,8 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-/// Runs one kernel on memory that the caller answers for; `x` and `y` are its further arguments.
+/// Runs one kernel on memory at an address, which the caller keeps alive; `x` and `y` are its other
+/// arguments.
 double run_kernel(const std::string& isa, const std::string& kernel, const std::string& dtype,
                   uint64_t address, int64_t numel, double x, double y) {
   const auto d = static_cast<int>(dtype_named(dtype));

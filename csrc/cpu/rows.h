@@ -20,7 +20,7 @@ struct Row {
 
 // ---------------------------------------------------------------- formats
 
-/// A dtype whose elements are computed in as they are.
+/// A dtype that is computed in without conversion.
 template <typename T, typename B, typename V>
 struct Native {
   using Item = T;

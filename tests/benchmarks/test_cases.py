@@ -49,7 +49,7 @@ def test_gradients_are_restored_after_every_operation() -> None:
     assert workload.norm == pytest.approx(exact, rel=1e-12)
 
 
-def test_the_bound_is_of_the_passes_that_nobody_can_do_without() -> None:
+def test_the_bound_counts_only_passes_that_cannot_be_avoided() -> None:
     bandwidths = Bandwidths(read_gbps=10.0, inplace_gbps=16.0)
     bounds = {o.label: o.bound_us(1_000_000, bandwidths) for o in OPERATIONS}
     assert bounds["clip_grad_norm_:unclipped"] == 100.0
