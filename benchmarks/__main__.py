@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, measure, plot, report, results
+from benchmarks import machine, measure, plot, results, terminal
 from benchmarks.cases import CASES, DTYPES, OPERATIONS, Case, Operation, gradient_bytes
 from benchmarks.contenders import is_ours
 from benchmarks.machine import BandwidthMeter
 from benchmarks.measure import Settings
 from benchmarks.plan import Plan, UsageError, Work, parse, plan
-from benchmarks.report import Progress
 from benchmarks.results import Record, Results, Skipped
+from benchmarks.terminal import Progress
 
-# Host times take about as long as one operation on 800 MB of gradients; for the progress bar.
+# For the progress bar: host times take about as long as one operation on 800 MB of gradients.
 _HOST_WEIGHT = 5.0
 # How many times --check measures again what looks worse.
 _CONFIRMATIONS = 2
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Run:
-    """A plan being carried out.
+    """Carries out a plan.
 
     Args:
         chosen: the plan.
@@ -89,18 +89,18 @@ class Run:
         """Measure and print case by case, and save after each."""
         done = {r.key[:4] for r in self.results.records}
         left = self._work(lambda key: key not in done)
-        # A fixed part for the repeats and one that grows with the bytes: enough to estimate the end.
+        # A fixed part for the repeats and one that grows with the bytes: a good enough estimate of the time.
         weights = {pair: 1.0 + gradient_bytes(*pair) / 200e6 for pair in left}
         total = sum(weights[pair] * len(operations) for pair, operations in left.items())
         with Progress(total + (0.0 if self.results.host else _HOST_WEIGHT)) as progress:
             if not self.results.host:
                 self._measure_host(progress)
                 progress.advance(_HOST_WEIGHT)
-            progress.write(f"\n{report.HEADER}")
+            progress.write(f"\n{terminal.HEADER}")
             for pair, operations in left.items():
                 self._measure_pair(pair, operations, weights[pair], progress)
                 self.save()
-        print(f"\n{report.EXPLANATION}")
+        print(f"\n{terminal.EXPLANATION}")
 
     def _work(self, wanted: Callable[[tuple[str, str, str, str]], bool]) -> Work:
         """Return the part of the plan whose case, dtype, operation and state are wanted."""
@@ -115,11 +115,11 @@ class Run:
     ) -> None:
         case, dtype = pair
         progress.label(f"{case.name} {dtype}")
-        progress.write(f"\n{report.case_title(case, dtype, self._plan.device)}")
+        progress.write(f"\n{terminal.case_title(case, dtype, self._plan.device)}")
         try:
             for records in self._records(case, dtype, operations):
                 self.results.records += records
-                progress.write("\n".join(report.rows(records)))
+                progress.write("\n".join(terminal.rows(records)))
                 progress.advance(weight)
         except torch.OutOfMemoryError:
             progress.write("Out of memory: the rest of this case is skipped.")
@@ -157,7 +157,7 @@ class Run:
         plan = self._plan
         measured = measure.host_times(plan.chosen, plan.device, plan.extent.host_rounds)
         self.results.host = [time for times in measured for time in times]
-        progress.write("\n" + "\n".join(report.host_rows(self.results.host)))
+        progress.write("\n" + "\n".join(terminal.host_rows(self.results.host)))
 
 
 def _print_outcome(measured: Results, path: Path) -> None:

@@ -153,8 +153,8 @@ class Operation:
         with_step: AdamW's step follows, and both are timed together, on gradients as backward leaves
             them: in new tensors, just written.
 
-    No implementation can avoid these passes if the gradients do not fit in cache; gradients that fit
-    may be faster than the bound made from them.
+    No implementation can avoid these passes if the gradients do not fit in cache. If they fit, a call may be
+    faster than the bound that is computed from the passes.
     """
 
     function: str
@@ -218,32 +218,32 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 MIXED = "mixed"
 DTYPES = (*_DTYPES, MIXED)
 
-# Memory has left the cache when this many times the size of the cache was accessed after it.
+# Memory is no longer in the cache when this many times the size of the cache was accessed after it.
 _CACHES = 3
-# Making a tensor costs the host microseconds and a kilobyte, so long lists get fewer copies.
+# A tensor takes the host microseconds to create, and a kilobyte, so long lists get fewer copies.
 _MAX_TENSORS = 16_384
 # Memory that the gate and an implementation may need beyond the gradients.
 _SCRATCH_BYTES = 512 << 20
 # AdamW's step needs weights, two moments, new gradients, and up to two temporary lists of their size.
 _STEP_COPIES = 6
-# Elements converted to float64 at a time. On a CPU, so few that one thread does it alone: waiting for
-# others thousands of times takes minutes on a busy machine. And so few that malloc reuses the memory:
-# it returns larger blocks to the system, and each new block costs a page fault every 4 KiB.
+# Elements converted to float64 at a time. On a CPU they are so few that torch uses one thread: thousands of
+# waits for other threads take minutes on a busy machine. They are also so few that malloc reuses the memory:
+# it returns larger blocks to the system, and every new block causes a page fault per 4 KiB.
 _CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 
 
 class Workload:
-    """Random gradients in one dtype: their pristine values, and copies that take turns.
+    """Random gradients in one dtype: their original values, and copies that are used in turn.
 
-    Every gradient is an allocation of its own, as autograd makes them. A call gets the copy
-    that was used longest ago. If all copies together are too small to evict each other from the
-    cache, :meth:`cool` evicts them. :meth:`restore` undoes a call. None of that is timed.
+    Every gradient is an allocation of its own, as from autograd. A call gets the copy that was used longest
+    ago. If all copies together are too small to evict each other from the cache, :meth:`cool` evicts them.
+    :meth:`restore` undoes a call. None of that is timed.
 
     Args:
         case: the shapes.
         dtype: one of DTYPES.
         device: where the gradients live.
-        cache_bytes: size of the cache that the gradients have to have left, see machine.cache_bytes.
+        cache_bytes: size of the cache in which no gradients may be, see machine.cache_bytes.
         seed: of the random values.
     """
 
@@ -254,11 +254,11 @@ class Workload:
         self.bytes = gradient_bytes(case, dtype)
         copies = _copies(case, self.bytes, cache_bytes)
         random = torch.Generator(device).manual_seed(seed)
-        self.pristine = [
+        self.original = [
             torch.empty(shape, dtype=tensor_dtype, device=device).normal_(0.0, GRADIENT_STD, generator=random)
             for shape, tensor_dtype in zip(case.shapes, dtypes_of(case, dtype))
         ]
-        self._copies = [[_parameter(t) for t in self.pristine] for _ in range(copies)]
+        self._copies = [[_parameter(t) for t in self.original] for _ in range(copies)]
         self._turn = 0
         too_small = copies * self.bytes < _CACHES * cache_bytes
         self._sweep = torch.zeros(_CACHES * cache_bytes // 4, device=device) if too_small else None
@@ -267,27 +267,27 @@ class Workload:
         self.norm = reference.total_norm([torch.tensor(list(self._chunk_norms()), dtype=torch.float64)])
 
     def next(self) -> list[Parameter]:
-        """Return the parameters whose gradients were used longest ago."""
+        """Return the parameters of the copy that was used longest ago."""
         self._turn = (self._turn + 1) % len(self._copies)
         return self._copies[self._turn]
 
     def train(self) -> tuple[list[Parameter], Call]:
         """Return parameters with new gradient tensors, as backward leaves them, and an optimizer's step."""
         if self._optimizer is None:
-            self._trained = [Parameter(values.clone()) for values in self.pristine]
+            self._trained = [Parameter(values.clone()) for values in self.original]
             self._optimizer = torch.optim.AdamW(self._trained, foreach=True)
         self._optimizer.zero_grad()
-        for parameter, values in zip(self._trained, self.pristine):
+        for parameter, values in zip(self._trained, self.original):
             parameter.grad = values.clone()
         return self._trained, self._optimizer.step
 
     def restore(self, parameters: Sequence[Parameter]) -> None:
-        """Give the gradients of ``parameters`` their pristine values back."""
-        for parameter, values in zip(parameters, self.pristine):
-            if parameter.grad is None:  # an implementation that is being judged may do anything
+        """Give the gradients of ``parameters`` their original values back."""
+        for parameter, values in zip(parameters, self.original):
+            if parameter.grad is None:  # an implementation that is not yet checked may do anything
                 parameter.grad = torch.empty_like(values)
-        # All at once: one by one, thousands of copies would be most of a GPU's run.
-        torch._foreach_copy_(grads(parameters), self.pristine)
+        # In one call: copying thousands of tensors one by one would take most of the time of a run on a GPU.
+        torch._foreach_copy_(grads(parameters), self.original)
 
     def cool(self) -> None:
         """Evict the gradients from the cache unless the other copies have done so."""
@@ -295,7 +295,7 @@ class Workload:
             self._sweep.sum()
 
     def _chunk_norms(self) -> Iterator[float]:
-        for tensor in self.pristine:
+        for tensor in self.original:
             for chunk in chunks(tensor):
                 yield reference.total_norm([chunk])
 
@@ -308,8 +308,8 @@ def grads(parameters: Iterable[Parameter]) -> list[Tensor]:
 def dtypes_of(case: Case, dtype: str) -> list[torch.dtype]:
     """Return the dtype of every tensor.
 
-    ``mixed`` is what training in bfloat16 with norms kept in float32 leaves: vectors are
-    float32, the rest is bfloat16. Where that gives one dtype, every other tensor is float32.
+    ``mixed`` is as in bfloat16 training that keeps norm layers in float32: vectors are float32, the rest is
+    bfloat16. If that gives a single dtype, every other tensor is float32.
     """
     if dtype != MIXED:
         return [_DTYPES[dtype]] * case.tensors
@@ -343,7 +343,7 @@ def why_not_measurable(
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield flat pieces that are small enough to be converted to float64."""
+    """Yield flat parts of the tensor that are small enough to be converted to float64."""
     yield from tensor.view(-1).split(_CHUNK[tensor.device.type])
 
 

@@ -1,9 +1,9 @@
-"""Who is measured: torch.nn.utils, every backend of gradclip_ext, and other libraries (peers) if installed.
+"""The implementations that are measured: torch.nn.utils, the backends of gradclip_ext, and other libraries.
 
-There is one function per peer, which imports the library, returns its Implementation, and raises
-Missing with the reason if it cannot be measured here. An operation that is not among the functions of
-an implementation is not offered by the library; it gets a row that says so. None of the peers is a
-dependency, and the gate judges their results like all others.
+Other libraries, the peers, are measured if they are installed; none of them is a dependency. There is one
+function per peer, which imports the library, returns its Implementation, and raises Missing with the reason
+if it cannot be measured here. If a library does not offer an operation, the results have a row that says so.
+The gate checks the results of all implementations.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The correctness gate: an implementation is compared with float64 before it is timed.
 
-What counts is one number, ``max_rel_error``: the relative error of the returned norm or that of
-the worst gradient element, whichever is larger. A gradient element is compared with the float64
-product (or clamp) of its pristine value, and charged only for what exceeds the half unit in the
-last place that rounding once must cost, so that the number means the same in every dtype.
+The result is one number, ``max_rel_error``: the larger one of the relative error of the returned
+norm and the largest relative error of a gradient element. A gradient element is compared with the
+float64 product (or clamp) of its original value. The half unit in the last place that a single
+rounding may cost is subtracted, so that the number is comparable between dtypes.
 
 Budgets, for a norm:
   ours  1e-6 at any size and dtype: what the package promises.
@@ -114,12 +114,12 @@ def _worst_error(
     NaN where only one of the two is NaN.
     """
     excess = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    for grad, values in zip(gradients, workload.pristine):
+    for grad, values in zip(gradients, workload.original):
         unit = _unit_roundoff(grad.dtype) if rounded else 0.0
-        # Below the smallest normal number the distance between neighbours stays what it is there.
+        # Below the smallest normal number, the distance between neighbours is constant.
         smallest = torch.finfo(grad.dtype).smallest_normal
         for found, before in zip(chunks(grad), chunks(values)):
-            # What needs no rounding is exact in its own dtype: no float64, a tenth of the time.
+            # Without rounding, the result is exact in its dtype: comparing there takes a tenth of the time.
             if not rounded and torch.equal(found, expected(before)):
                 continue
             want = expected(before.double())
@@ -132,7 +132,7 @@ def _worst_error(
 def _drops_nan(
     implementation: Implementation, operation: Operation, workload: Workload, parameters: Sequence[Parameter]
 ) -> str | None:
-    """Return what became of a NaN in the last element if it is not what it must be."""
+    """Return how a NaN in the last element was handled wrongly, or None."""
     gradients = grads(parameters)
     gradients[-1].view(-1)[-1] = math.nan
     result = operation.bind(implementation.functions[operation.function], parameters, workload.norm)()

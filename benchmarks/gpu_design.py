@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu_design``: seven measurements of a GPU that decide how the CUDA kernels work.
 
-The first five run kernels of their own (gpu_probes.cu, built with nvcc on first use), because they
-vary what the package has fixed; the last two run what the package has. Every figure stands beside
-what was predicted before anything was measured; a prediction that misses is a question to answer.
+The first five run kernels of their own (gpu_probes.cu, built with nvcc on first use), because they vary
+parameters that are constants in the package; the last two run the package. Every figure is printed beside the
+prediction that was made before any measurement; where they differ, the design has to be explained or changed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from benchmarks.machine import Call
 OUT = Path(__file__).parent / "out"
 _SOURCE = Path(__file__).with_name("gpu_probes.cu")
 _MB, _GIB = 10**6, 1 << 30
-_TILE = 1 << 16  # what gpu_probes.cu wants buffers to be a multiple of
+_TILE = 1 << 16  # gpu_probes.cu needs buffers of a multiple of this size
 _LOADS, _BLOCKS_PER_SM = (2, 4, 8, 16), (1, 2, 4, 8)
 _REPEATS = 15
-# What csrc/cuda does, until this file says otherwise.
+# The values that csrc/cuda uses.
 _USUAL_LOADS, _USUAL_BLOCKS = 8, 4
 
 _EXAMPLES = """examples:
@@ -110,9 +110,9 @@ class Probes:
         self._call("probe_parameters", int(large), self._out)
 
     def _call(self, name: str, *arguments: Tensor | ctypes.c_int64 | int) -> None:
-        given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+        converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = getattr(self._library, name)(*given, stream)
+        error = getattr(self._library, name)(*converted, stream)
         if error:
             raise RuntimeError(f"{name} failed with CUDA error {error}")
 
@@ -128,7 +128,9 @@ def build() -> Path:
     if library.exists() and library.stat().st_mtime >= _SOURCE.stat().st_mtime:
         return library
     if shutil.which("nvcc") is None:
-        raise FileNotFoundError("nvcc is not on PATH: install the CUDA toolkit, or bring gpu_probes.so")
+        raise FileNotFoundError(
+            f"nvcc is not on PATH: install the CUDA toolkit, or copy a compiled {library.name} to {OUT}"
+        )
     OUT.mkdir(exist_ok=True)
     target = "-arch=native" if torch.cuda.is_available() else "-arch=sm_90"
     options = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", target]
@@ -259,7 +261,7 @@ def graph_replay(bench: Bench) -> Iterator[Finding]:
             workload.restore(parameters)
             replay()
             error = abs(float(norm) - workload.norm) / workload.norm
-        except Exception as problem:  # what cannot be captured is a finding
+        except Exception as problem:  # that a call cannot be captured is a finding, too
             yield Finding(
                 7, f"{name}, replay", None, f"{type(problem).__name__}: {problem}".partition("\n")[0]
             )
@@ -308,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(measurement.__doc__, flush=True)
         try:
             findings += measurement(bench)
-        except Exception as error:  # the other six are worth having
+        except Exception as error:  # the other measurements are still useful
             findings.append(Finding(number, "failed", None, f"{type(error).__name__}: {error}"))
         block = {"machine": machine.describe(device), "findings": [asdict(f) for f in findings]}
         path.write_text(json.dumps(block, indent=1) + "\n")
@@ -319,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
-    """Return the figures worth a glance, each beside its prediction."""
+    """Return the table of the figures to show, each beside its prediction."""
     lines = [f"{'':<2} {'':<62} {'measured':>13}  predicted"]
     for f in findings:
         if f.shown:

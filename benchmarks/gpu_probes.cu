@@ -1,9 +1,9 @@
-// Kernels that gpu_design.py measures a GPU with: the access patterns of csrc/cuda, with what the
-// design has to choose (loads in flight, blocks, direction, dependent launch) as arguments. Plain C
+// The kernels of gpu_design.py: the access patterns of csrc/cuda, with the parameters of the design
+// (loads in flight, blocks, direction, dependent launch) as arguments. Plain C
 // functions, so that they compile in seconds and load with ctypes; each returns a cudaError_t.
 //
-// A buffer is 16-byte aligned and a multiple of kThreads * 16 loads * 16 bytes = 64 KiB; what is
-// left over is not touched.
+// A buffer is 16-byte aligned and a multiple of kThreads * 16 loads * 16 bytes = 64 KiB; the
+// rest is not accessed.
 
 #include <cuda_runtime.h>
 
@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int kThreads = 256;
-// Registers for 16 loads in flight: at the compiler's own choice only four would be.
+// Leaves registers for 16 loads in flight; by default the compiler keeps only four.
 constexpr int kBlocksPerSm = 2;
 constexpr int kSmallParameters = 4080, kLargeParameters = 32736;
 
@@ -39,8 +39,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     float4 v[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) v[i] = load_once(at + i * kThreads);
-    __syncwarp();  // keeps the arithmetic behind the last load; otherwise fewer are in flight than
-                   // asked
+    __syncwarp();  // keeps the arithmetic after the last load; otherwise fewer are in flight
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       sum = fmaf(v[i].x, v[i].x,
@@ -75,8 +74,9 @@ struct Parameters {
 };
 
 template <int kBytes>
-__global__ void parameters_kernel(const __grid_constant__ Parameters<kBytes> given, unsigned* out) {
-  if (threadIdx.x == 0) *out = given.bytes[kBytes - 1 - *out % 2];
+__global__ void parameters_kernel(const __grid_constant__ Parameters<kBytes> parameters,
+                                  unsigned* out) {
+  if (threadIdx.x == 0) *out = parameters.bytes[kBytes - 1 - *out % 2];
 }
 
 template <int kLoads>

@@ -1,4 +1,4 @@
-"""The machine: what it is, how much memory it has left, its clocks, and how fast its memory is."""
+"""The machine: its description, free memory, clocks, and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _driver() -> str | None:
 def _commit() -> str | None:
     """Return the checkout's commit, marked when the code differs from it."""
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    # Results are what comes out: writing them there must not make the next run look like other code.
+    # A changed results file is not changed code.
     changed = _output("git", "diff", "--name-only", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results")
     return commit and commit + ("-dirty" if changed else "")
 
@@ -192,12 +192,12 @@ class Bandwidths(NamedTuple):
 class BandwidthMeter:
     """Measures the memory of a device with the best of several torch operations.
 
-    A shared machine has its good and bad minutes, twice as fast and half as fast: measured
-    before every operation, a bound is what was possible at that time.
+    The bandwidth of a shared machine varies by a factor of four from one minute to another. It is therefore
+    measured before every operation, so that a bound holds for that time.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Large enough for no cache to matter, nor, on a GPU, the microseconds around a kernel.
+        # So large that neither a cache nor, on a GPU, the launch of a kernel affects the result.
         size = max(256 << 20, 4 * cache_bytes(device))
         if device.type == "cuda":
             size = min(2 << 30, (free_bytes(device) or 0) // 4)

@@ -1,7 +1,7 @@
-"""How long a call takes: records of the cases, and the time that a call costs the host.
+"""Measures how long a call takes: records of the cases, and the host time of a call.
 
-The implementations take turns in one process, so that a machine that is slower for a moment is slower
-for all of them. Reported are medians, and the median of the ratios pair by pair.
+The implementations take turns in one process, so that a machine that is slower for a moment is slower for
+all of them. The results are medians of the times, and the median of the ratios of pairs of calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.gate import Verdict
 from benchmarks.machine import Bandwidths, Call, Clock, cache_bytes
 from benchmarks.results import HostTime, Record
 
-# Fewer repeats give no reliable median; more than the second number give no better one.
+# The smallest number of repeats that gives a reliable median, and the largest that improves it.
 ENOUGH_REPEATS, _MAX_REPEATS = 10, 200
 _HOST_REPEATS = 20
 
@@ -281,7 +281,7 @@ class _Turns:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """The collector would visit every parameter object in the middle of a timed call."""
+    """Disable garbage collection, which would visit every parameter during a timed call."""
     gc.collect()
     gc.disable()
     try:
@@ -293,7 +293,7 @@ def _no_garbage_collection() -> Iterator[None]:
 # ---------------------------------------------------------------- host time
 
 HOST_COUNTS = (1, 300, 1000, 3000, 6000)
-# Judged at one count only: six thousand tensors take seconds in float64, and the cases have judged lists
+# Checked for one count only: six thousand tensors take seconds in float64, and the cases have checked lists
 # of thousands.
 _JUDGED_COUNT = 300
 _HOST_CALLS = 5

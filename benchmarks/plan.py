@@ -1,4 +1,4 @@
-"""The command line of ``python -m benchmarks``: its options, and the plan they amount to."""
+"""The command line of ``python -m benchmarks``: its options, and the plan that is made from them."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def _implementations(
 
 
 def _results_path(path: Path | None, device: torch.device) -> Path:
-    """Return where the results go, having looked now, not after the work, whether they can go there."""
+    """Return the path of the results. Check that it is writable now, not after the work."""
     path = path or OUT / f"{machine.file_name(device)}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Plots, drawn to be read: units on every axis, told apart by marker and dash, not by colour alone."""
+"""The figures. Every axis has a unit; series differ by marker and dash, not by colour alone."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def available() -> bool:
     return Figure is not None
 
 
-def speedups(results: Results, path: Path, impls: Sequence[str] | None = None) -> bool:
+def speedups(results: Results, path: Path, wanted: Callable[[Record], bool] = lambda record: True) -> bool:
     """Draw the speed-up over torch.nn.utils, a panel per implementation and operation.
 
     Args:
         results: what failed the gate, and torch.nn.utils itself, is left out.
         path: of the PNG.
-        impls: implementations to draw, or None for all.
+        wanted: tells which of the other records to draw. Default: all.
 
     Returns:
         Whether there was anything to draw, and matplotlib to draw it.
     """
-    shown = [r for r in results.records if r.impl != BASELINE and r.speedup_vs_torch is not None]
-    if impls is not None:
-        shown = [r for r in shown if r.impl in impls]
+    shown = [
+        r for r in results.records if r.impl != BASELINE and r.speedup_vs_torch is not None and wanted(r)
+    ]
     caption = "speed-up over torch.nn.utils (times, log scale); right of the dashed line is faster"
     return _dots(results, shown, path, caption, value=lambda r: r.speedup_vs_torch, line=lambda r: 1.0)
 

@@ -1,4 +1,4 @@
-"""The files: what they hold, how they are read and written, and how two of them compare.
+"""The results files: their contents, reading and writing them, and comparing two of them.
 
 A file has one JSON object per line, which begins with its ``kind``; the first one is the machine.
 """
@@ -161,7 +161,7 @@ def host_costs(host: Sequence[HostTime]) -> dict[str, Cost]:
 # repeats, and one is enough to fail. A run cannot see the noise between runs, so what looks slower is
 # measured again, twice, and counts only if it is slower every time.
 
-# Assumed, not measured: two runs get different memory addresses, the repeats of one run do not.
+# An assumption: memory addresses differ between two runs, but not between the repeats of one run.
 LAYOUT_NOISE = 0.03
 SAME_MACHINE = ("cpu", "cores", "gpu", "torch")
 SAME_CODE = (*SAME_MACHINE, "gradclip_ext", "commit")

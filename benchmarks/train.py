@@ -22,8 +22,8 @@ from benchmarks import contenders, machine, plot
 from benchmarks.contenders import BASELINE
 from benchmarks.gpt import GPT, SHAPES, Batches, Shape, read_text
 from benchmarks.plan import OUT, positive
-from benchmarks.report import Progress
 from benchmarks.results import ROWS, RunResults, Training, training_file_name
+from benchmarks.terminal import Progress
 
 _EXAMPLES = """examples:
   python -m benchmarks.train                        a small GPT on a CPU, GPT-2 124M in bfloat16 on a GPU

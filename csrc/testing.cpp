@@ -1,6 +1,5 @@
-// gradclip_ext._testing: entry points for tests, not built into wheels. The index arithmetic that
-// the kernels run, against what it replaces, and every CPU kernel of every instruction set by
-// itself.
+// gradclip_ext._testing: entry points for tests, not built into wheels. Compares the kernels' index
+// arithmetic with simple loops, and calls every CPU kernel of every instruction set directly.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -83,7 +82,7 @@ std::string aliasing_of(const std::vector<uint64_t>& addresses, const std::vecto
 
 // ---------------------------------------------------------------- for millions of random lists
 
-/// Random numbers (splitmix64), and the complaint when they bring something to light.
+/// Random numbers (splitmix64), and the exception when a test with them fails.
 class Random {
  public:
   explicit Random(uint64_t seed) : seed_(seed), state_(seed) {}
@@ -103,8 +102,8 @@ class Random {
   uint64_t state_;
 };
 
-/// Cuts a random list and walks along it: the next chunk must be the one found by its index, in the
-/// list as in its launch.
+/// Cuts a random list into chunks and goes through them: each must be the one that is found by its
+/// index, both in the list and in its launch.
 void check_cut(Random& random) {
   const int64_t chunk_bytes = int64_t{8} << random.below(40);
   TensorList list(chunk_bytes);
@@ -116,7 +115,7 @@ void check_cut(Random& random) {
   LaunchTable<3> launch;
   int64_t index = 0, in_launch = 0;
   for (int64_t tensor = 0; tensor < list.size(); ++tensor) {
-    const int64_t most = chunk_numel(list[tensor].dtype, chunk_bytes);
+    const int64_t max_length = chunk_numel(list[tensor].dtype, chunk_bytes);
     if (tensor % 3 == 0) {
       const int64_t next = fill_launch(list, tensor, launch);
       random.expect(next == std::min(tensor + 3, list.size()) && launch.first_chunk == index);
@@ -124,18 +123,19 @@ void check_cut(Random& random) {
     }
     random.expect(launch.numel(tensor % 3) == list[tensor].numel);
     random.expect(launch.dtype(tensor % 3) == list[tensor].dtype);
-    for (int64_t offset = 0; offset < list[tensor].numel; offset += most, ++index, ++in_launch) {
+    for (int64_t offset = 0; offset < list[tensor].numel;
+         offset += max_length, ++index, ++in_launch) {
       random.expect(list.tensor_of(index) == tensor);
       random.expect(tensor_of(launch.chunk_prefix, launch.tensors, in_launch) == tensor % 3);
       const Chunk chunk = list.chunk(index, tensor);
       random.expect(chunk.tensor == tensor && chunk.offset == offset);
-      random.expect(chunk.length == std::min(most, list[tensor].numel - offset));
+      random.expect(chunk.length == std::min(max_length, list[tensor].numel - offset));
     }
   }
   random.expect(index == list.chunks());
 }
 
-/// Splits a random run and steps through it, one element at a time up to the first boundary.
+/// Splits random contiguous elements, and compares with a search for the first aligned element.
 void check_split(Random& random) {
   const int64_t item_size = int64_t{1} << random.below(4), vector_bytes = 16 << random.below(3);
   const auto address = static_cast<uint64_t>(random.below(256) * (random.below(8) ? item_size : 1));
@@ -150,7 +150,8 @@ void check_split(Random& random) {
   random.expect(split.head == head && split.body == body && split.tail == numel - head - body);
 }
 
-/// Compares every pair of a random list that hardly, partly or entirely coincides.
+/// Compares every pair of tensors in a random list whose tensors are disjoint, overlap or are
+/// equal.
 void check_aliasing(Random& random) {
   TensorList list(64);
   const int64_t space = int64_t{1} << random.below(20);
@@ -201,7 +202,8 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-/// Runs one kernel on memory that the caller answers for; `x` and `y` are its further arguments.
+/// Runs one kernel on memory at an address, which the caller keeps alive; `x` and `y` are its other
+/// arguments.
 double run_kernel(const std::string& isa, const std::string& kernel, const std::string& dtype,
                   uint64_t address, int64_t numel, double x, double y) {
   const auto d = static_cast<int>(dtype_named(dtype));

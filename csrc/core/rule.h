@@ -1,5 +1,5 @@
-// How a norm becomes the coefficient that gradients are multiplied by. Plain C++17 without torch;
-// the CPU operations and the CUDA kernels share it.
+// Computes the coefficient that gradients are multiplied by from their norm. Plain C++17 without
+// torch; the CPU operations and the CUDA kernels share it.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace gradclip {
 struct Rule {
   double max_norm;
 
-  /// With max_norm = inf a call only reports the norm: even a NaN norm must not scale by NaN.
+  /// Whether max_norm is inf or NaN: the call reports the norm and must not scale, not even by NaN.
   GRADCLIP_HOST_DEVICE bool only_reports() const { return max_norm - max_norm != 0; }
 
   /// min(1, max_norm / (total_norm + 1e-6)) in the precision of the norm and in torch's order of

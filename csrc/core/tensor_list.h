@@ -1,4 +1,4 @@
-// What a list of gradients is and how it is cut into pieces of work.
+// The list of gradients of one call, and how it is cut into chunks of work.
 //
 // Plain C++17 without torch. The functions marked GRADCLIP_HOST_DEVICE are the index arithmetic
 // that every kernel runs, on the CPU and in CUDA; tests/kernels/test_index_arithmetic.py checks
@@ -28,7 +28,7 @@ namespace gradclip {
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDTypes = 4;
 
-/// log2 of an element's size: sizes divide by shifting.
+/// log2 of an element's size, so that a shift divides by the size.
 GRADCLIP_HOST_DEVICE constexpr int item_shift(DType dtype) {
   return dtype == DType::kFloat64 ? 3 : dtype == DType::kFloat32 ? 2 : 1;
 }
@@ -36,14 +36,15 @@ GRADCLIP_HOST_DEVICE constexpr int64_t item_size(DType dtype) {
   return int64_t{1} << item_shift(dtype);
 }
 
-/// One gradient: `numel` elements in adjacent memory, in whatever order its strides give them.
+/// One gradient: `numel` elements without gaps between them, in the order of their addresses.
 struct Span {
   void* data;
   int64_t numel;
   DType dtype;
 };
 
-/// How a list is walked along. A scaling goes backwards: what a norm has read last is in cache.
+/// The order in which chunks are processed. Scaling goes backwards, because the chunks that the
+/// norm read last are still in cache.
 enum class Order { kForward, kBackward };
 
 /// `length` elements of one tensor, from element `offset` on.
@@ -55,12 +56,12 @@ struct Chunk {
 
 // ---------------------------------------------------------------- chunks
 
-/// How many elements a full chunk has: `chunk_bytes`, a multiple of 8, is what it reads.
+/// The number of elements of a full chunk of `chunk_bytes`, a multiple of 8.
 GRADCLIP_HOST_DEVICE constexpr int64_t chunk_numel(DType dtype, int64_t chunk_bytes) {
   return chunk_bytes >> item_shift(dtype);
 }
 
-/// How many chunks a tensor has; an empty one has none.
+/// The number of chunks of a tensor; an empty tensor has none.
 GRADCLIP_HOST_DEVICE constexpr int64_t chunk_count(int64_t numel, int64_t chunk_numel) {
   if (numel <= chunk_numel) return numel != 0;  // most tensors of a model, without a division
   return (numel - 1) / chunk_numel + 1;
@@ -86,35 +87,35 @@ GRADCLIP_HOST_DEVICE constexpr int64_t tensor_of(const Index* prefix, int64_t te
 /// Chunk number `index` of the tensor `tensor` that has `numel` elements.
 GRADCLIP_HOST_DEVICE constexpr Chunk chunk_of(int64_t tensor, int64_t index, int64_t numel,
                                               int64_t chunk_numel) {
-  const int64_t offset = index * chunk_numel, left = numel - offset;
-  return {tensor, offset, left < chunk_numel ? left : chunk_numel};
+  const int64_t offset = index * chunk_numel, remaining = numel - offset;
+  return {tensor, offset, remaining < chunk_numel ? remaining : chunk_numel};
 }
 
 // ---------------------------------------------------------------- vectors
 
-/// A run of elements as a kernel accesses it: `head` one by one up to the first boundary of a
-/// vector, `body` in whole vectors from there, `tail` one by one.
+/// How a kernel accesses contiguous elements: `head` of them one by one up to the first address
+/// that is aligned to a vector, then `body` in whole vectors, then `tail` one by one.
 struct VectorSplit {
   int64_t head;
   int64_t body;
   int64_t tail;
 };
 
-/// Splits `numel` elements at `address`. Memory that no whole number of elements brings to a
-/// boundary is all head, and so is a run that ends before one.
+/// Splits `numel` elements at `address`. All elements are head where no element begins at an
+/// aligned address.
 GRADCLIP_HOST_DEVICE constexpr VectorSplit split_vectors(uint64_t address, int64_t numel,
                                                          int64_t item_size, int64_t vector_bytes) {
-  const int64_t past = static_cast<int64_t>(address % static_cast<uint64_t>(vector_bytes));
-  const int64_t missing = past == 0 ? 0 : vector_bytes - past;
-  if (missing % item_size != 0 || missing / item_size >= numel) return {numel, 0, 0};
-  const int64_t head = missing / item_size, per_vector = vector_bytes / item_size;
+  const int64_t misaligned = static_cast<int64_t>(address % static_cast<uint64_t>(vector_bytes));
+  const int64_t head_bytes = misaligned == 0 ? 0 : vector_bytes - misaligned;
+  if (head_bytes % item_size != 0 || head_bytes / item_size >= numel) return {numel, 0, 0};
+  const int64_t head = head_bytes / item_size, per_vector = vector_bytes / item_size;
   const int64_t body = (numel - head) / per_vector * per_vector;
   return {head, body, numel - head - body};
 }
 
 // ---------------------------------------------------------------- the list
 
-/// The gradients of one call and their cut into chunks. Built on the host, 33 bytes a tensor.
+/// The gradients of one call and their chunks. Built on the host; takes 33 bytes per tensor.
 class TensorList {
  public:
   explicit TensorList(int64_t chunk_bytes) : chunk_bytes_(chunk_bytes), chunk_prefix_{0} {}
@@ -164,13 +165,13 @@ class TensorList {
 
 enum class Aliasing {
   kNone,        // no byte belongs to two gradients
-  kDuplicates,  // some gradients are the same memory with the same numel and dtype, none else meet
-  kOverlap,     // two gradients share some bytes and are not the same
+  kDuplicates,  // gradients that share bytes have the same address, numel and dtype
+  kOverlap,     // two gradients share bytes and differ in address, numel or dtype
 };
 
 namespace detail {
 
-struct Place {
+struct SpanStart {
   uint64_t begin;
   int64_t tensor;
 };
@@ -181,58 +182,59 @@ inline uint64_t end_of(const Span& grad) {
 }
 
 /// Sorts by `begin`, up to 11 bits of the key per pass, from the lowest to the highest bit in which
-/// two keys differ: two or three passes at 2 ns an entry, where std::sort takes up to 35 in all.
-inline void sort_by_begin(std::vector<Place>& places) {
+/// two keys differ. Two or three passes take 2 ns per entry each; std::sort takes up to 35 ns per
+/// entry.
+inline void sort_by_begin(std::vector<SpanStart>& starts) {
   uint64_t differing = 0;
-  for (const Place& place : places) differing |= place.begin ^ places.front().begin;
+  for (const SpanStart& start : starts) differing |= start.begin ^ starts.front().begin;
   int low = 0, high = 64;
   while (low < high && (differing >> low & 1) == 0) ++low;
   while (low < high && (differing >> (high - 1) & 1) == 0) --high;
   const int passes = (high - low + 10) / 11, bits = passes == 0 ? 0 : (high - low - 1) / passes + 1;
   const uint64_t mask = (uint64_t{1} << bits) - 1;
-  const size_t count = places.size();
-  std::vector<Place> others(count);
-  Place *from = places.data(), *to = others.data();
+  const size_t count = starts.size();
+  std::vector<SpanStart> buffer(count);
+  SpanStart *from = starts.data(), *to = buffer.data();
   for (int shift = low; shift < high; shift += bits) {
-    uint32_t starts[(1 << 11) + 1] = {};
-    for (size_t i = 0; i < count; ++i) ++starts[(from[i].begin >> shift & mask) + 1];
-    for (uint64_t digit = 0; digit < mask; ++digit) starts[digit + 1] += starts[digit];
-    for (size_t i = 0; i < count; ++i) to[starts[from[i].begin >> shift & mask]++] = from[i];
+    uint32_t offsets[(1 << 11) + 1] = {};
+    for (size_t i = 0; i < count; ++i) ++offsets[(from[i].begin >> shift & mask) + 1];
+    for (uint64_t digit = 0; digit < mask; ++digit) offsets[digit + 1] += offsets[digit];
+    for (size_t i = 0; i < count; ++i) to[offsets[from[i].begin >> shift & mask]++] = from[i];
     std::swap(from, to);
   }
-  if (from != places.data()) places.swap(others);
+  if (from != starts.data()) starts.swap(buffer);
 }
 
 }  // namespace detail
 
-/// Tells whether gradients share memory; empty ones never do. Linear for lists in address order,
-/// rising or falling, and for others but for the sort.
+/// Tells whether gradients share memory; empty ones never do. Takes linear time if the addresses
+/// ascend or descend; otherwise they are sorted first.
 inline Aliasing aliasing(const TensorList& list) {
-  bool rising = true, falling = true;
+  bool ascending = true, descending = true;
   uint64_t last_begin = UINT64_MAX, last_end = 0;
   for (int64_t tensor = 0; tensor < list.size(); ++tensor) {
     const Span& grad = list[tensor];
     if (grad.numel == 0) continue;
     const uint64_t begin = detail::begin_of(grad), end = detail::end_of(grad);
-    rising &= last_end <= begin;
-    falling &= end <= last_begin;
+    ascending &= last_end <= begin;
+    descending &= end <= last_begin;
     last_begin = begin;
     last_end = end;
   }
-  if (rising || falling) return Aliasing::kNone;
-  std::vector<detail::Place> places(static_cast<size_t>(list.size()));
+  if (ascending || descending) return Aliasing::kNone;
+  std::vector<detail::SpanStart> starts(static_cast<size_t>(list.size()));
   size_t count = 0;
   for (int64_t tensor = 0; tensor < list.size(); ++tensor) {
     if (list[tensor].numel == 0) continue;
-    places[count++] = {detail::begin_of(list[tensor]), tensor};
+    starts[count++] = {detail::begin_of(list[tensor]), tensor};
   }
-  places.resize(count);
-  detail::sort_by_begin(places);
+  starts.resize(count);
+  detail::sort_by_begin(starts);
   Aliasing found = Aliasing::kNone;
-  const Span* before = &list[places.front().tensor];
-  for (size_t i = 1; i < places.size(); ++i) {
-    const Span* after = &list[places[i].tensor];
-    if (detail::end_of(*before) > places[i].begin) {
+  const Span* before = &list[starts.front().tensor];
+  for (size_t i = 1; i < starts.size(); ++i) {
+    const Span* after = &list[starts[i].tensor];
+    if (detail::end_of(*before) > starts[i].begin) {
       const bool same = before->data == after->data && before->numel == after->numel &&
                         before->dtype == after->dtype;
       if (!same) return Aliasing::kOverlap;
@@ -245,13 +247,13 @@ inline Aliasing aliasing(const TensorList& list) {
 
 // ---------------------------------------------------------------- one kernel launch
 
-// What a launch may carry in its parameters: 4 KiB before CUDA 12.1 or before sm_70, since then
-// 32,764 bytes. Part of it stays free for the kernel's other parameters.
+// The limit on the parameters of a launch: 4 KiB before CUDA 12.1 or before sm_70, 32,764 bytes
+// since then. Part of it is reserved for the kernel's other parameters.
 constexpr int64_t kSmallLaunchBytes = 4096;
 constexpr int64_t kLargeLaunchBytes = 32764;
 constexpr int64_t kOtherParameterBytes = 128;
 
-/// The tensors of one launch, passed by value: 20 bytes each.
+/// The tensors of one launch, passed by value; 20 bytes per tensor.
 template <int kCapacity>
 struct LaunchTable {
   void* data[kCapacity];
@@ -277,16 +279,17 @@ constexpr int kLargeLaunchTensors = launch_capacity(kLargeLaunchBytes);  // 1,63
 static_assert(sizeof(LaunchTable<kSmallLaunchTensors>) + kOtherParameterBytes <= kSmallLaunchBytes);
 static_assert(sizeof(LaunchTable<kLargeLaunchTensors>) + kOtherParameterBytes <= kLargeLaunchBytes);
 
-/// Returns the first tensor after a launch that begins at `first` and holds up to `most` tensors
-/// and 2^31 - 1 chunks. One tensor always fits, as long as its chunks do.
-inline int64_t launch_end(const TensorList& list, int64_t first, int64_t most) {
+/// Returns the end of a launch that begins at tensor `first` and holds at most `max_tensors`
+/// tensors and 2^31 - 1 chunks. A launch holds whole tensors, so no tensor may have more chunks
+/// than that.
+inline int64_t launch_end(const TensorList& list, int64_t first, int64_t max_tensors) {
   const int64_t* prefix = list.chunk_prefix();
-  const int64_t last = std::min(first + most, list.size());
+  const int64_t last = std::min(first + max_tensors, list.size());
   return std::upper_bound(prefix + first + 1, prefix + last + 1, prefix[first] + INT32_MAX) -
          prefix - 1;
 }
 
-/// Fills `table` with the tensors of the launch that begins at `first`; returns the first one left.
+/// Fills `table` with the tensors of the launch that begins at `first`; returns its end.
 template <int kCapacity>
 int64_t fill_launch(const TensorList& list, int64_t first, LaunchTable<kCapacity>& table) {
   const int64_t* prefix = list.chunk_prefix();

@@ -9,20 +9,20 @@
 
 namespace gradclip::cpu {
 
-/// What a chunk of up to 64 KiB contributes to the double partial stored at its index.
+/// The kernels of one instruction set. Each works on one chunk of up to 64 KiB.
 struct ChunkKernels {
   /// Name of the instruction set, for reports.
   const char* isa;
 
-  // One entry per DType. `data` needs no alignment beyond its dtype's; nothing past `numel`
-  // elements is touched; the result depends on the values alone, not on the address.
+  // One entry per DType. `data` is aligned to its elements; no memory beyond `numel` elements is
+  // accessed; the result depends on the values alone, not on the address.
   double (*sum_squares[kDTypes])(const void* data, int64_t numel);
   double (*sum_magnitudes[kDTypes])(const void* data, int64_t numel);
-  /// The largest |x|; NaN if there is one.
+  /// The largest |x|; NaN if an element is NaN.
   double (*max_magnitude[kDTypes])(const void* data, int64_t numel);
   /// The sum of |x / pivot|^p in float64, for p > 0 and a finite pivot > 0.
   double (*sum_powers[kDTypes])(const void* data, int64_t numel, double p, double pivot);
-  /// x *= coef in float32 (float64 for float64), rounded once.
+  /// x *= coef, computed in float32 (float64 for float64) and rounded once.
   void (*scale[kDTypes])(void* data, int64_t numel, double coef);
   /// Clamps to [min, max], both rounded to the dtype; NaN stays NaN. Writes only rows that change.
   void (*clamp[kDTypes])(void* data, int64_t numel, double min, double max);

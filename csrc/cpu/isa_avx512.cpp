@@ -1,4 +1,4 @@
-// The kernels for AVX-512 F, BW, DQ and VL (2017 on). Empty where the processor is no x86-64.
+// The kernels for AVX-512 F, BW, DQ and VL (2017 on). Empty on other processors than x86-64.
 
 #if defined(__x86_64__)
 

@@ -1,4 +1,4 @@
-// The kernels for what the compiler targets anyway: SSE2 on x86-64, NEON on aarch64.
+// The kernels for the compiler's default target: SSE2 on x86-64, NEON on aarch64.
 
 #include "prelude.h"
 

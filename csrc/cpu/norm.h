@@ -1,4 +1,4 @@
-// Norm kernels: what one chunk adds to a norm. Included only by isa_*.cpp.
+// Norm kernels: the partial result of one chunk. Included only by isa_*.cpp.
 
 #pragma once
 
@@ -9,33 +9,33 @@ namespace gradclip::cpu::GRADCLIP_ISA {
 
 // ---------------------------------------------------------------- maximum
 
-/// Finds the largest magnitude on the bit patterns: without their sign, IEEE numbers are ordered
-/// as integers, and NaN is above infinity.
+/// Finds the largest magnitude by comparing bit patterns: without the sign bit, IEEE numbers have
+/// the order of integers, and NaN is above infinity.
 template <typename Format>
-struct MaxBits {
+struct MaxMagnitude {
   using Bits = typename Format::Bits;
   static constexpr int kVectorsPerRow = Format::kRow / kLanes<Bits>;
   Bits largest = {};
 
   void rows(const typename Format::Item* x, int64_t count) {
     constexpr auto kMagnitude = std::numeric_limits<LaneOf<Bits>>::max();
-    Bits most[2] = {largest, largest};
+    Bits max_bits[2] = {largest, largest};
     for (; count != 0; --count, x += Format::kRow) {
       GRADCLIP_UNROLL
       for (int i = 0; i < kVectorsPerRow; ++i) {
         const Bits bits = load<Bits>(x + i * kLanes<Bits>) & kMagnitude;
-        most[i % 2] = bits > most[i % 2] ? bits : most[i % 2];
+        max_bits[i % 2] = bits > max_bits[i % 2] ? bits : max_bits[i % 2];
       }
     }
-    largest = most[0] > most[1] ? most[0] : most[1];
+    largest = max_bits[0] > max_bits[1] ? max_bits[0] : max_bits[1];
   }
 };
 
 template <typename Format>
 double max_magnitude(const void* data, int64_t numel) {
   using Bits = typename Format::Bits;
-  MaxBits<Format> kernel;
-  read_rows<Format>(kernel, data, numel);
+  MaxMagnitude<Format> kernel;
+  for_rows<Format>(kernel, data, numel);
   LaneOf<Bits> largest = 0;
   for (int i = 0; i < kLanes<Bits>; ++i) {
     largest = kernel.largest[i] > largest ? kernel.largest[i] : largest;
@@ -68,8 +68,8 @@ struct Power {
   GRADCLIP_INLINE F64 add(F64 sum, F64 x) const {
     const F64 m = magnitude(x);
     const F64 power = exp2(p * log2_ratio(m, exponent, fraction));
-    const I64 ordinary = (m > 0.0) & (m <= DBL_MAX);  // 0, inf and NaN are their own powers
-    return sum + (ordinary ? power : m);
+    const I64 in_domain = (m > 0.0) & (m <= DBL_MAX);  // 0, inf and NaN are their own powers
+    return sum + (in_domain ? power : m);
   }
 };
 
@@ -88,9 +88,9 @@ struct Float64Sum {
       GRADCLIP_UNROLL
       for (int i = 0; i < kVectors; ++i) {
         if constexpr (std::is_same_v<typename Format::Vec, F32>) {
-          const WideF64 wide = widen(row.v[i]);
-          l = term.add(l, wide.low);
-          h = term.add(h, wide.high);
+          const PairF64 pair = to_float64(row.v[i]);
+          l = term.add(l, pair.low);
+          h = term.add(h, pair.high);
         } else {
           (i % 2 == 0 ? l : h) = term.add(i % 2 == 0 ? l : h, row.v[i]);
         }
@@ -104,7 +104,7 @@ struct Float64Sum {
 template <typename Format, typename Term>
 double sum_in_float64(const void* data, int64_t numel, Term term) {
   Float64Sum<Format, Term> kernel{term};
-  read_rows<Format>(kernel, data, numel);
+  for_rows<Format>(kernel, data, numel);
   return sum(kernel.low + kernel.high);
 }
 
@@ -117,12 +117,13 @@ double sum_powers(const void* data, int64_t numel, double p, double pivot) {
 
 // ---------------------------------------------------------------- float32 arithmetic
 
-// Terms that a lane adds in float32 before the sums move to float64. Adding n terms of one sign
-// rounds n times, by 2^-24 of the sum at most: 16 of them keep a sum within 16 x 2^-24 = 9.5e-7,
-// its square root within 4.8e-7, whatever the values and however many follow in float64.
+// The number of terms that a lane adds in float32 before the sum is added to a float64 one. Adding
+// n terms of one sign rounds n times, each time by at most 2^-24 of the sum. With 16 terms, the
+// error of a sum is at most 16 x 2^-24 = 9.5e-7 and that of its square root 4.8e-7, whatever the
+// values and however many sums are added in float64.
 constexpr int64_t kFoldRows = 16;
 
-/// Adds the terms of rows in float32, a few at a time, and those sums in float64.
+/// Adds the terms of rows in float32, kFoldRows at a time, and adds those sums in float64.
 template <typename Format, typename Term>
 struct Float32Sum {
   Term term;
@@ -141,9 +142,9 @@ struct Float32Sum {
       }
       GRADCLIP_UNROLL
       for (int i = 0; i < kVectors; ++i) {
-        const WideF64 wide = widen(sums.v[i]);
-        l += wide.low;
-        h += wide.high;
+        const PairF64 pair = to_float64(sums.v[i]);
+        l += pair.low;
+        h += pair.high;
       }
     }
     low = l;
@@ -151,20 +152,21 @@ struct Float32Sum {
   }
 };
 
-/// Adds the terms of a chunk: in float32, and again in float64 where that overflowed or may have
-/// lost something to underflow. The second pass finds the chunk in cache.
+/// Adds the terms of a chunk in float32, and once more in float64 if the float32 sum overflowed or
+/// may have lost terms to underflow. The second pass reads the chunk from cache.
 template <typename Format, typename Term>
 double sum_terms(const void* data, int64_t numel) {
   if constexpr (std::is_same_v<typename Format::Vec, F64>) {
     return sum_in_float64<Format>(data, numel, Term{});
   } else {
     Float32Sum<Format, Term> kernel{Term{}};
-    read_rows<Format>(kernel, data, numel);
+    for_rows<Format>(kernel, data, numel);
     const double total = sum(kernel.low + kernel.high);
-    // Without denormals a term loses up to 2^-126 = 1.2e-38. The 32,768 terms of the longest
-    // chunk lose 3.9e-34 together, which is less than 4e-7 of the least total let through.
-    constexpr double kLeast = 1e-27;
-    if (total >= kLeast && total <= DBL_MAX) return total;
+    // If denormals are flushed to zero, a term loses up to 2^-126 = 1.2e-38. The 32,768 terms of
+    // the longest chunk together lose 3.9e-34, less than 4e-7 of the smallest total that is
+    // returned.
+    constexpr double kMinTotal = 1e-27;
+    if (total >= kMinTotal && total <= DBL_MAX) return total;
     if (total == 0 && max_magnitude<Format>(data, numel) == 0) return 0;
     return sum_in_float64<Format>(data, numel, Term{});
   }

@@ -10,23 +10,23 @@ namespace gradclip::cpu {
 
 namespace {
 
-// Beyond that, a thread is worth having for this much memory.
+// Longer lists get one thread for each so many bytes.
 constexpr int64_t kBytesPerThread = 256 << 10;
-// Threads take chunks in runs, 1 MiB at most, for one atomic addition each.
-constexpr int64_t kMostChunksPerRun = 16;
+// A thread takes several consecutive chunks, 1 MiB at most, with one atomic addition.
+constexpr int64_t kMaxChunksPerRun = 16;
 
 // ---------------------------------------------------------------- chunks
 
-/// A chunk as its kernel wants it.
-struct Piece {
+/// The arguments of a kernel for one chunk.
+struct ChunkData {
   int64_t index;
   int dtype;
   void* data;
   int64_t numel;
 };
 
-/// Calls body(piece) for every chunk, on several threads. Which of them takes which run of chunks
-/// is left to chance, so that none waits for a slower one.
+/// Calls body(chunk) for every chunk, on several threads. Each thread takes the next chunks when it
+/// is done with its last ones, so that no thread waits for a slower one.
 template <typename Body>
 void for_each_chunk(const TensorList& list, Order order, const Threads& threads, const Body& body) {
   const int64_t chunks = list.chunks();
@@ -35,7 +35,7 @@ void for_each_chunk(const TensorList& list, Order order, const Threads& threads,
   const int64_t workers =
       serial ? 1 : std::min({threads.max_workers, chunks, list.bytes() / kBytesPerThread});
   const int64_t run =
-      serial ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMostChunksPerRun);
+      serial ? chunks : std::clamp<int64_t>(chunks / (8 * workers), 1, kMaxChunksPerRun);
 
   std::atomic<int64_t> next{0};
   auto work = [&] {
@@ -44,8 +44,8 @@ void for_each_chunk(const TensorList& list, Order order, const Threads& threads,
       const int64_t taken = next.fetch_add(run, std::memory_order_relaxed);
       if (taken >= chunks) return;
       const int64_t count = std::min(run, chunks - taken);
-      // Forwards within a run in either order: the hardware's prefetching starts anew at every
-      // chunk that does not follow the one before.
+      // The chunks of a run are processed forwards in both orders: the hardware prefetcher starts
+      // again at every chunk that does not follow the previous one in memory.
       const int64_t first = order == Order::kForward ? taken : chunks - taken - count;
       int64_t tensor = list.tensor_of(first);
       for (int64_t index = first; index != first + count; ++index) {
@@ -61,12 +61,12 @@ void for_each_chunk(const TensorList& list, Order order, const Threads& threads,
   threads.run(workers, [](void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
 }
 
-/// The partial of every chunk, by index: the only memory that a norm takes.
+/// Returns the partial result of every chunk, by index: the only memory that a norm allocates.
 template <typename Kernel>
 std::vector<double> partials(const TensorList& list, const Threads& threads, const Kernel& kernel) {
   std::vector<double> results(static_cast<size_t>(list.chunks()));
-  for_each_chunk(list, Order::kForward, threads, [&](const Piece& piece) {
-    results[static_cast<size_t>(piece.index)] = kernel(piece);
+  for_each_chunk(list, Order::kForward, threads, [&](const ChunkData& chunk) {
+    results[static_cast<size_t>(chunk.index)] = kernel(chunk);
   });
   return results;
 }
@@ -79,17 +79,17 @@ double sum(const std::vector<double>& partials) {
   return total;
 }
 
-/// The largest partial; NaN if there is one.
+/// The largest partial; NaN if one is NaN.
 double max(const std::vector<double>& partials) {
-  double most = 0;
+  double largest = 0;
   for (const double partial : partials) {
     if (std::isnan(partial)) return partial;
-    most = std::max(most, partial);
+    largest = std::max(largest, partial);
   }
-  return most;
+  return largest;
 }
 
-double root(double total, double p) {
+double pth_root(double total, double p) {
   return p == 1 ? total : p == 2 ? std::sqrt(total) : std::pow(total, 1 / p);
 }
 
@@ -98,38 +98,39 @@ double root(double total, double p) {
 double norm(const TensorList& list, double p, const Threads& threads, const ChunkKernels& kernels) {
   if (p == 1 || p == 2) {
     const auto& terms = p == 2 ? kernels.sum_squares : kernels.sum_magnitudes;
-    const double total = sum(partials(list, threads, [&](const Piece& piece) {
-      return terms[piece.dtype](piece.data, piece.numel);
+    const double total = sum(partials(list, threads, [&](const ChunkData& chunk) {
+      return terms[chunk.dtype](chunk.data, chunk.numel);
     }));
-    // Squares of anything narrower than float64 stay in its range: there, 0 and inf are the truth.
-    // A square of a float64 that underflows is below 2^-1022, nothing in a mean of 1e-300.
+    // In float64, squares of elements of the other dtypes neither overflow nor underflow, so that a
+    // total of 0 or inf is correct. The square of a float64 element that underflows is below
+    // 2^-1022, which is negligible in a mean of 1e-300.
     const double mean = total / static_cast<double>(list.numel());
     const bool in_range = mean >= 1e-300 && mean <= DBL_MAX;
-    if (in_range || std::isnan(total) || !list.holds(DType::kFloat64)) return root(total, p);
+    if (in_range || std::isnan(total) || !list.holds(DType::kFloat64)) return pth_root(total, p);
   }
-  const double largest = max(partials(list, threads, [&](const Piece& piece) {
-    return kernels.max_magnitude[piece.dtype](piece.data, piece.numel);
+  const double largest = max(partials(list, threads, [&](const ChunkData& chunk) {
+    return kernels.max_magnitude[chunk.dtype](chunk.data, chunk.numel);
   }));
   if (std::isinf(p) || largest == 0 || !std::isfinite(largest)) return largest;
-  // Divided by the largest element, no power overflows, and one is 1. Finding it costs little
-  // beside the powers.
-  const double total = sum(partials(list, threads, [&](const Piece& piece) {
-    return kernels.sum_powers[piece.dtype](piece.data, piece.numel, p, largest);
+  // Divided by the largest magnitude, no power overflows, and at least one is 1. Finding that
+  // magnitude takes little time compared with the powers.
+  const double total = sum(partials(list, threads, [&](const ChunkData& chunk) {
+    return kernels.sum_powers[chunk.dtype](chunk.data, chunk.numel, p, largest);
   }));
-  return largest * root(total, p);
+  return largest * pth_root(total, p);
 }
 
 void scale(const TensorList& list, double coef, const Threads& threads,
            const ChunkKernels& kernels) {
-  for_each_chunk(list, Order::kBackward, threads, [&](const Piece& piece) {
-    kernels.scale[piece.dtype](piece.data, piece.numel, coef);
+  for_each_chunk(list, Order::kBackward, threads, [&](const ChunkData& chunk) {
+    kernels.scale[chunk.dtype](chunk.data, chunk.numel, coef);
   });
 }
 
 void clamp(const TensorList& list, double min, double max, const Threads& threads,
            const ChunkKernels& kernels) {
-  for_each_chunk(list, Order::kForward, threads, [&](const Piece& piece) {
-    kernels.clamp[piece.dtype](piece.data, piece.numel, min, max);
+  for_each_chunk(list, Order::kForward, threads, [&](const ChunkData& chunk) {
+    kernels.clamp[chunk.dtype](chunk.data, chunk.numel, min, max);
   });
 }
 

@@ -6,18 +6,19 @@
 
 namespace gradclip::cpu::GRADCLIP_ISA {
 
-/// log2(x / pivot) for a finite x > 0. The pivot is given as 2^exponent * 2^fraction: the exponents
-/// cancel exactly, so that the error is about 2 ulp of 1 or of the result, not of log2(x).
+/// log2(x / pivot) for a finite x > 0, where pivot = 2^exponent * 2^fraction. The exponents cancel
+/// exactly, so the error is about 2 ulp of 1 or of the result, not of log2(x).
 GRADCLIP_INLINE F64 log2_ratio(F64 x, double exponent, double fraction) {
   // x = 2^k m with sqrt(1/2) <= m < sqrt(2), split in integer arithmetic.
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdull, kOne = 0x3ff0000000000000ull;
   const I64 subnormal = x < DBL_MIN;
   const U64 bits = (U64)(subnormal ? x * 0x1p54 : x) + (kOne - kSqrtHalf);
   const F64 m = (F64)((bits & 0x000fffffffffffffull) + kSqrtHalf);
-  // The biased exponent as the last bits of 2^52 is a number without a conversion.
+  // Put into the last bits of 2^52, the biased exponent needs no conversion to a floating-point
+  // number.
   F64 k = (F64)(bits >> 52 | 0x4330000000000000ull) - (0x1p52 + 1023.0);
   k = subnormal ? k - 54.0 : k;
-  // log(m) = 2 atanh(s), |s| < 0.172: the first term left out is below 2^-53 of the sum.
+  // log(m) = 2 atanh(s), |s| < 0.172: the first omitted term is below 2^-53 of the sum.
   const F64 s = (m - 1.0) / (m + 1.0), z = s * s;
   F64 series = z * (1.0 / 19) + 1.0 / 17;
   series = series * z + 1.0 / 15;
@@ -35,10 +36,10 @@ GRADCLIP_INLINE F64 log2_ratio(F64 x, double exponent, double fraction) {
 GRADCLIP_INLINE F64 exp2(F64 y) {
   const I64 over = y >= 1024.0, under = y < -1021.0;
   const F64 exponent = over ? F64{} : under ? F64{} : y;
-  // Adding 1.5 2^52 rounds to an integer, which is then in the last bits.
+  // Adding 1.5 * 2^52 rounds to an integer, which the last bits then hold.
   const F64 shifted = exponent + 0x1.8p52,
             r = (exponent - (shifted - 0x1.8p52)) * 0.6931471805599453;
-  // Taylor's series of e^r, |r| < 0.347: the first term left out is below 2^-52.
+  // Taylor's series of e^r, |r| < 0.347: the first omitted term is below 2^-52.
   F64 series = r * (1.0 / 479001600) + 1.0 / 39916800;
   series = series * r + 1.0 / 3628800;
   series = series * r + 1.0 / 362880;

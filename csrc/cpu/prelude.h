@@ -1,6 +1,6 @@
-// Everything the kernels use from outside. isa_*.cpp include it before they set the compiler to an
-// instruction set: code from these headers must not be compiled for it, since the linker keeps one
-// copy for the whole module and would have every processor run that one.
+// All headers that the kernels need. isa_*.cpp include this file before they select an instruction
+// set: inline functions of these headers must not be compiled for it, because the linker keeps one
+// copy for the whole module, and processors without that instruction set would run it.
 
 #pragma once
 

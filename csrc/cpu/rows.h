@@ -1,4 +1,4 @@
-// Rows: what kernels handle at a time, and how each dtype is read into one. Included only by
+// Rows: the unit that kernels process, and how each dtype is converted to one. Included only by
 // isa_*.cpp.
 
 #pragma once
@@ -7,9 +7,9 @@
 
 namespace gradclip::cpu::GRADCLIP_ISA {
 
-// A row is 64 elements, 32 of float64: those that fill 256 bytes of vectors once widened to the
-// type they are computed in. Element i of a chunk is always element i % 64 of its row, so neither
-// the address nor the order of arrival shows in a result.
+// A row is 64 elements, or 32 of float64: converted to the type that is computed in, they fill 256
+// bytes of vectors. Element i of a chunk is always element i % 64 (i % 32) of its row, so a result
+// depends neither on the address nor on how chunks are divided among threads.
 constexpr int kRowBytes = 256;
 constexpr int kVectors = kRowBytes / kVectorBytes;
 
@@ -20,50 +20,41 @@ struct Row {
 
 // ---------------------------------------------------------------- formats
 
-struct Float32 {
-  using Item = float;
-  using Bits = I32;
-  using Vec = F32;
-  static constexpr int64_t kRow = kRowBytes / 4;
+/// A dtype that is computed in without conversion.
+template <typename T, typename B, typename V>
+struct Native {
+  using Item = T;
+  using Bits = B;
+  using Vec = V;
+  static constexpr int64_t kRow = kRowBytes / sizeof(T);
 
-  static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
-    Row<F32> row;
+  static GRADCLIP_INLINE Row<V> load_row(const T* x) {
+    Row<V> row;
     GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) row.v[i] = load<F32>(x + i * kLanes<F32>);
+    for (int i = 0; i < kVectors; ++i) row.v[i] = load<V>(x + i * kLanes<V>);
     return row;
   }
-  static GRADCLIP_INLINE void store_row(Item* x, const Row<F32>& row) {
+  static GRADCLIP_INLINE void store_row(T* x, const Row<V>& row) {
     GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<F32>, row.v[i]);
+    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<V>, row.v[i]);
   }
 };
 
-struct Float64 {
-  using Item = double;
-  using Bits = I64;
-  using Vec = F64;
-  static constexpr int64_t kRow = kRowBytes / 8;
+using Float32 = Native<float, I32, F32>;
+using Float64 = Native<double, I64, F64>;
 
-  static GRADCLIP_INLINE Row<F64> load_row(const Item* x) {
-    Row<F64> row;
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) row.v[i] = load<F64>(x + i * kLanes<F64>);
-    return row;
-  }
-  static GRADCLIP_INLINE void store_row(Item* x, const Row<F64>& row) {
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) store(x + i * kLanes<F64>, row.v[i]);
-  }
-};
-
-/// The upper half of a float32. Read as 32-bit words, even elements are in the lower and odd ones
-/// in the upper halves (little-endian), so that a shift or a mask widens them and none has to move.
-struct BFloat16 {
+/// A dtype of 16 bits that is converted to float32.
+struct Half {
   using Item = uint16_t;
   using Bits = I16;
   using Vec = F32;
   static constexpr int64_t kRow = kRowBytes / 4;
+};
 
+/// A bfloat16 is the upper half of a float32. Two elements are read as one 32-bit word: the even
+/// one is in the lower half and the odd one in the upper half (little-endian). A shift or a mask
+/// converts them, and no element has to move to another lane.
+struct BFloat16 : Half {
   static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
     Row<F32> row;
     GRADCLIP_UNROLL
@@ -83,7 +74,7 @@ struct BFloat16 {
   }
 
  private:
-  /// Rounds to nearest, ties to even, into the upper half of each word; NaN becomes quiet.
+  /// Rounds to nearest, ties to even, into the upper half of each word; NaN becomes a quiet NaN.
   static GRADCLIP_INLINE U32 round(F32 x) {
     const U32 bits = (U32)x;
     const U32 rounded = bits + 0x7fffu + (bits >> 16 & 1u);
@@ -91,12 +82,7 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
-  using Item = uint16_t;
-  using Bits = I16;
-  using Vec = F32;
-  static constexpr int64_t kRow = kRowBytes / 4;
-
+struct Float16 : Half {
   static GRADCLIP_INLINE Row<F32> load_row(const Item* x) {
     Row<F32> row;
     GRADCLIP_UNROLL
@@ -109,7 +95,7 @@ struct Float16 {
   }
 };
 
-/// A number rounded to the format, in every lane.
+/// Returns a number rounded to the format, in every lane.
 template <typename Format>
 GRADCLIP_INLINE typename Format::Vec rounded(double number) {
   using Vec = typename Format::Vec;
@@ -117,20 +103,20 @@ GRADCLIP_INLINE typename Format::Vec rounded(double number) {
   row.v[0][0] = static_cast<LaneOf<Vec>>(number);
   typename Format::Item items[Format::kRow];
   Format::store_row(items, row);
-  return Format::load_row(items).v[0][0] - Vec{};  // + would lose the sign of -0
+  return Format::load_row(items).v[0][0] - Vec{};  // adding 0 would turn -0 into +0
 }
 
 // ---------------------------------------------------------------- chunks by rows
 
-// AVX-512 reads and writes the last few elements of a tensor under a mask: a small tensor takes
-// half the time. The address sanitizer sees neither that nor every memcpy of a few bytes.
+// AVX-512 reads and writes the last few elements of a tensor under a mask, which halves the time of
+// a small tensor. The address sanitizer checks neither masked accesses nor every short memcpy.
 #if GRADCLIP_VECTOR_BYTES == 64 && !defined(__SANITIZE_ADDRESS__)
 
 GRADCLIP_INLINE __mmask64 first_bytes(int64_t bytes) {
   return bytes >= 64 ? ~0ull : bytes > 0 ? ~0ull >> (64 - bytes) : 0;
 }
 
-/// Reads `count` elements, less than a row, and zeros up to a row.
+/// Reads `count` elements, less than a row, and fills the row with zeros.
 template <typename Format>
 GRADCLIP_INLINE void read_part(typename Format::Item* row, const void* from, int64_t count) {
   constexpr int64_t kItem = sizeof(typename Format::Item);
@@ -155,23 +141,24 @@ GRADCLIP_INLINE void write_part(void* to, const typename Format::Item* row, int6
 
 #else
 
-/// Copies `count` elements, less than a row. A call of memcpy costs more than a small tensor does.
+/// Copies `count` elements, less than a row. Calling memcpy would take longer than all other work
+/// on a small tensor.
 template <typename Item>
 GRADCLIP_INLINE void copy_part(Item* to, const Item* from, int64_t count) {
 #if defined(__SANITIZE_ADDRESS__)
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 #else
   GRADCLIP_UNROLL
-  for (int64_t piece = kRowBytes / 8; piece != 0; piece /= 2) {
-    if ((count & piece) == 0) continue;
-    __builtin_memcpy(to, from, static_cast<size_t>(piece) * sizeof(Item));
-    to += piece;
-    from += piece;
+  for (int64_t size = kRowBytes / 8; size != 0; size /= 2) {
+    if ((count & size) == 0) continue;
+    __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Item));
+    to += size;
+    from += size;
   }
 #endif
 }
 
-/// Reads `count` elements, less than a row, and zeros up to a row.
+/// Reads `count` elements, less than a row, and fills the row with zeros.
 template <typename Format>
 GRADCLIP_INLINE void read_part(typename Format::Item* row, const typename Format::Item* from,
                                int64_t count) {
@@ -188,31 +175,21 @@ GRADCLIP_INLINE void write_part(typename Format::Item* to, const typename Format
 
 #endif
 
-/// Shows `kernel.rows(x, count)` the elements of a chunk: first its whole rows in place, then what
-/// is left as one row padded with zeros.
-template <typename Format, typename Kernel>
-GRADCLIP_INLINE void read_rows(Kernel& kernel, const void* data, int64_t numel) {
-  const auto* x = static_cast<const typename Format::Item*>(data);
-  const int64_t rows = numel / Format::kRow, left = numel % Format::kRow;
+/// Calls `kernel.rows(x, count)` for the elements of a chunk: first for its whole rows in place,
+/// then for the remaining elements, copied to a row that is padded with zeros. Unless `data` is
+/// const, that row is written back.
+template <typename Format, typename Kernel, typename Data>
+GRADCLIP_INLINE void for_rows(Kernel& kernel, Data* data, int64_t numel) {
+  using Item = typename Format::Item;
+  constexpr bool kIsConst = std::is_const_v<Data>;
+  auto* x = static_cast<std::conditional_t<kIsConst, const Item, Item>*>(data);
+  const int64_t rows = numel / Format::kRow, remaining = numel % Format::kRow;
   if (rows != 0) kernel.rows(x, rows);
-  if (left != 0) {
-    typename Format::Item last[Format::kRow];
-    read_part<Format>(last, x + rows * Format::kRow, left);
+  if (remaining != 0) {
+    Item last[Format::kRow];
+    read_part<Format>(last, x + rows * Format::kRow, remaining);
     kernel.rows(last, 1);
-  }
-}
-
-/// The same for a kernel that changes elements in place.
-template <typename Format, typename Kernel>
-GRADCLIP_INLINE void update_rows(const Kernel& kernel, void* data, int64_t numel) {
-  auto* x = static_cast<typename Format::Item*>(data);
-  const int64_t rows = numel / Format::kRow, left = numel % Format::kRow;
-  if (rows != 0) kernel.rows(x, rows);
-  if (left != 0) {
-    typename Format::Item last[Format::kRow];
-    read_part<Format>(last, x + rows * Format::kRow, left);
-    kernel.rows(last, 1);
-    write_part<Format>(x + rows * Format::kRow, last, left);
+    if constexpr (!kIsConst) write_part<Format>(x + rows * Format::kRow, last, remaining);
   }
 }
 

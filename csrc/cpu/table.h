@@ -1,4 +1,5 @@
-// The table of this instruction set's kernels. Included only by isa_*.cpp, last.
+// Defines kKernels, the kernels of this instruction set. Included only by isa_*.cpp, as the last
+// file.
 
 #pragma once
 

@@ -24,10 +24,10 @@ struct Scale {
 template <typename Format>
 void scale(void* data, int64_t numel, double coef) {
   const Scale<Format> kernel{static_cast<LaneOf<typename Format::Vec>>(coef)};
-  update_rows<Format>(kernel, data, numel);
+  for_rows<Format>(kernel, data, numel);
 }
 
-/// Clamps rows to [min, max] and writes those that change; comparing lets NaN through.
+/// Clamps rows to [min, max] and writes those that change. NaN compares as inside and stays NaN.
 template <typename Format>
 struct Clamp {
   using Vec = typename Format::Vec;
@@ -53,7 +53,7 @@ struct Clamp {
 template <typename Format>
 void clamp(void* data, int64_t numel, double min, double max) {
   const Clamp<Format> kernel{rounded<Format>(min), rounded<Format>(max)};
-  update_rows<Format>(kernel, data, numel);
+  for_rows<Format>(kernel, data, numel);
 }
 
 }  // namespace gradclip::cpu::GRADCLIP_ISA

@@ -1,4 +1,4 @@
-// Vectors of the instruction set this translation unit is compiled for. Included only by
+// Vectors of the instruction set that this translation unit is compiled for. Included only by
 // isa_*.cpp, which define GRADCLIP_ISA and GRADCLIP_VECTOR_BYTES first.
 
 #pragma once
@@ -6,7 +6,7 @@
 #include "prelude.h"
 
 #define GRADCLIP_INLINE inline __attribute__((always_inline))
-// Vectors in an array live in registers only where the loop over them is unrolled.
+// The compiler keeps an array of vectors in registers only if the loops over it are unrolled.
 #if defined(__clang__)
 #define GRADCLIP_UNROLL _Pragma("unroll")
 #else
@@ -32,7 +32,7 @@ using LaneOf = std::decay_t<decltype(V{}[0])>;
 template <typename V>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(LaneOf<V>));
 
-/// A vector from any address.
+/// Reads a vector from any address.
 template <typename V>
 GRADCLIP_INLINE V load(const void* from) {
   V v;
@@ -48,16 +48,16 @@ GRADCLIP_INLINE void store(void* to, V v) {
 GRADCLIP_INLINE F32 magnitude(F32 x) { return (F32)((U32)x & 0x7fffffffu); }
 GRADCLIP_INLINE F64 magnitude(F64 x) { return (F64)((U64)x & 0x7fffffffffffffffull); }
 
-/// What a vector of floats widens to.
-struct WideF64 {
+/// The elements of a vector of floats, converted to double.
+struct PairF64 {
   F64 low, high;
 };
 
-GRADCLIP_INLINE WideF64 widen(F32 x) {
+GRADCLIP_INLINE PairF64 to_float64(F32 x) {
   HalfF32 halves[2];
   __builtin_memcpy(halves, &x, sizeof x);
 #if GRADCLIP_VECTOR_BYTES == 64
-  // g++ 12 would convert in four steps, and warns about the unmasked intrinsic.
+  // g++ 12 converts __builtin_convertvector in four steps, and warns about the unmasked intrinsic.
   return {(F64)_mm512_maskz_cvtps_pd(0xff, (__m256)halves[0]),
           (F64)_mm512_maskz_cvtps_pd(0xff, (__m256)halves[1])};
 #else
@@ -80,7 +80,7 @@ GRADCLIP_INLINE bool any(Mask mask) {
 #endif
 }
 
-/// The sum of the lanes, by halves.
+/// Adds the lanes pairwise: half of them to the other half, until one is left.
 GRADCLIP_INLINE double sum(F64 x) {
   double lanes[kLanes<F64>];
   store(lanes, x);
@@ -94,7 +94,7 @@ GRADCLIP_INLINE double sum(F64 x) {
 
 // ---------------------------------------------------------------- float16
 
-/// As many adjacent halves as a vector has floats.
+/// Reads as many float16 elements as a vector has floats.
 GRADCLIP_INLINE F32 load_halves(const uint16_t* from) {
   const HalfU16 halves = load<HalfU16>(from);
 #if GRADCLIP_VECTOR_BYTES == 64
@@ -104,17 +104,17 @@ GRADCLIP_INLINE F32 load_halves(const uint16_t* from) {
 #elif defined(__aarch64__)
   return (F32)vcvt_f32_f16((float16x4_t)halves);
 #else
-  const U32 wide = __builtin_convertvector(halves, U32);
-  const U32 bits = wide & 0x7fffu;
+  const U32 words = __builtin_convertvector(halves, U32);
+  const U32 bits = words & 0x7fffu;
   const U32 normal = (bits << 13) + (112u << 23);  // exponent bias 15 to 127
   const U32 subnormal = (U32)(__builtin_convertvector((I32)bits, F32) * 0x1p-24f);
   const U32 nonfinite = bits << 13 | 0x7f800000u;
   const U32 value = bits < 0x0400u ? subnormal : bits < 0x7c00u ? normal : nonfinite;
-  return (F32)(value | (wide & 0x8000u) << 16);
+  return (F32)(value | (words & 0x8000u) << 16);
 #endif
 }
 
-/// Rounds to nearest, ties to even.
+/// Writes a vector of floats as float16, rounded to nearest, ties to even.
 GRADCLIP_INLINE void store_halves(uint16_t* to, F32 x) {
 #if GRADCLIP_VECTOR_BYTES == 64
   store(to, (HalfU16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
@@ -126,7 +126,7 @@ GRADCLIP_INLINE void store_halves(uint16_t* to, F32 x) {
   const U32 bits = (U32)x & 0x7fffffffu, sign = (U32)x >> 16 & 0x8000u;
   const U32 rounded = (bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13;
   const U32 normal = rounded < 0x7c00u ? rounded : U32{} + 0x7c00u;
-  // 0.5 counts in steps of 2^-24, the smallest half: adding it rounds to those.
+  // Floats near 0.5 are multiples of 2^-24, the smallest float16: adding 0.5 rounds to those.
   const U32 subnormal = (U32)((F32)bits + 0.5f) - 0x3f000000u;
   const U32 finite = bits < 0x38800000u ? subnormal : normal;
   const U32 value = sign | (x == x ? finite : U32{} + 0x7e00u);

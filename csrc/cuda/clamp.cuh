@@ -12,28 +12,29 @@ __device__ void round_bound(double bound, T& out) {
   from_float(static_cast<float>(bound), out);
 }
 
-// torch compiles extensions without the half types' own operators.
+// Elements are compared as floats: a build with torch's flags has no operators for the half types.
 __device__ inline double comparable(double x) { return x; }
 template <typename T>
 __device__ float comparable(T x) {
   return to_float(x);
 }
 
-/// Contract: kThreads threads, any grid, any dtypes; the bounds fit every dtype in the table and
-/// are rounded to it. Stores only vectors that changed: N bytes where nothing exceeds, at most 2N.
+/// Contract: kThreads threads, any grid, any dtypes; the bounds are in the range of every dtype in
+/// the table and are rounded to it. Stores only vectors that changed: moves N bytes if no element
+/// exceeds a bound, and at most 2N.
 template <typename Table>
 __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constant__ Table table,
                                                             const double min, const double max) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
   for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
-    const Share share(chunk, length * item_size(dtype), warp);
-    visit<true>(dtype, data, length, [&](auto* x, int n) {
+    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
+    with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
       using T = std::remove_reference_t<decltype(*x)>;
       T low, high;
       round_bound(min, low);
       round_bound(max, high);
-      change_tiles(x, n, share.first, share.stride, lane, [&](T& item) {
+      update_tiles(x, n, tiles.first, tiles.stride, lane, [&](T& item) {
         const auto value = comparable(item);  // NaN is neither below nor above, and stays
         const bool below = value < comparable(low);
         const bool above = value > comparable(high);

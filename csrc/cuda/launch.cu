@@ -17,13 +17,14 @@
 namespace gradclip::cuda {
 namespace {
 
-// The counters through which the blocks of a norm find out which of them is the last. Zero when the
-// kernels are loaded, left at zero by every norm, and out of every allocator's reach.
+// With one of these counters, the blocks of a norm determine which of them is the last. Each is 0
+// when the kernels are loaded and after every norm. They are static memory, which no allocator
+// reuses.
 constexpr int kArrivalCounters = 1024;
 __device__ unsigned arrival_counters[kArrivalCounters];
-constexpr int64_t kCounterBytes = 16;  // in scratch memory; keeps the partials behind it aligned
+constexpr int64_t kCounterBytes = 16;  // in scratch memory; keeps the partials after it aligned
 
-/// What a launch needs to know of the device it goes to, and of the code that this device runs.
+/// What a launch depends on: properties of the device, and of the code that this device runs.
 struct Device {
   int index = 0;
   unsigned* arrival_counters = nullptr;
@@ -32,8 +33,8 @@ struct Device {
   bool large_parameters = false;
 };
 
-/// Loads the kernels of one table, whose first launch may then be captured on any driver. Fails
-/// where the binary has none for this device.
+/// Loads the kernels of one table, so that their first launch can be captured with any driver.
+/// Fails if the binary has no code for this device.
 template <typename Table>
 cudaError_t load(cudaFuncAttributes& scale) {
   cudaFuncAttributes other;
@@ -58,21 +59,21 @@ cudaError_t describe(int index, Device& device) {
     error = load<LaunchTable<kLargeLaunchTensors>>(scale);
   }
 #endif
-  // Asked once, here, where the binding has made sure that asking breaks nobody's capture.
+  // Queried here, once: the binding makes sure that the query does not invalidate a stream capture.
   void* counters = nullptr;
   if (error == cudaSuccess) error = cudaGetSymbolAddress(&counters, arrival_counters);
   device.arrival_counters = static_cast<unsigned*>(counters);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
-  // The code has to wait for its predecessor, which it does from compute_90 on: code compiled for
-  // less does not, on whatever GPU it runs. Captured into a graph since CUDA 12.3; before that,
-  // capturing it is an error.
+  // A dependent launch needs code that waits for the previous kernel. Code compiled for compute_90
+  // or later does; other code does not, whatever GPU it runs on. Before CUDA 12.3, capturing a
+  // dependent launch is an error.
   device.dependent_launch = error == cudaSuccess && scale.ptxVersion >= 90 && driver >= 12030;
   return error;
 }
 
-/// The current device, which is asked about once: by probe(), before anything is launched.
+/// Describes the current device. It is queried once: by probe(), before anything is launched.
 cudaError_t current_device(Device& device) {
   static std::mutex mutex;
   static std::map<int, Device> known;
@@ -90,15 +91,15 @@ cudaError_t current_device(Device& device) {
   return failed;
 }
 
-/// As many blocks as are resident at once, but no more than there is work for: a block wants a
-/// tile for each of its warps, or a small tensor for each.
+/// As many blocks as are resident at once, but no more than have a tile, or a small tensor, for
+/// each of their warps.
 template <typename Table>
 unsigned blocks_for(const TensorList& list, const Table& table, const Device& device) {
   constexpr int kBlocksPerMultiprocessor = 4;
   const int64_t chunks = table.chunks();
-  const int64_t busy = list.bytes() / (kWarps * kTileBytes) + chunks / kWarps + 1;
+  const int64_t useful = list.bytes() / (kWarps * kTileBytes) + chunks / kWarps + 1;
   const int64_t resident = int64_t{kBlocksPerMultiprocessor} * device.multiprocessors;
-  return static_cast<unsigned>(std::min({chunks, busy, resident}));
+  return static_cast<unsigned>(std::min({chunks, useful, resident}));
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -113,14 +114,13 @@ cudaError_t enqueue(void (*kernel)(Parameters...), unsigned blocks, bool depende
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
-  // By address: the typed launch would copy a table of 32 KB once more.
+  // Arguments are passed by address: the typed launch would copy a table of 32 KB once more.
   static_assert((std::is_same_v<Parameters, Arguments> && ...), "read as the kernel's own types");
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
-/// Calls `launch(table, device, is_last)` for one table after the other; blocks go the same way
-/// within each.
+/// Calls `launch(table, device, is_last)` for one table after the other, in the given order.
 template <int kCapacity, typename Launch>
 cudaError_t for_each_table(const TensorList& list, Order order, const Device& device,
                            Launch&& launch) {
@@ -138,7 +138,8 @@ cudaError_t for_each_table(const TensorList& list, Order order, const Device& de
   return cudaSuccess;
 }
 
-/// Copying 4 KiB of parameters costs less than 32, so short lists take the small table.
+/// Calls `launch` as for_each_table does. Short lists use the small table: copying 4 KiB of
+/// parameters takes less time than copying 32 KiB.
 template <typename Launch>
 cudaError_t for_each_launch(const TensorList& list, Order order, Launch&& launch) {
   Device device;
@@ -152,9 +153,9 @@ cudaError_t for_each_launch(const TensorList& list, Order order, Launch&& launch
   return for_each_table<kSmallLaunchTensors>(list, order, device, launch);
 }
 
-/// The counter of a stream, which it keeps as long as the process lives: clearing one would be
-/// another kernel a step. Null for the streams that come when every counter has one.
-unsigned* kept_counter(const Device& device, cudaStream_t stream) {
+/// Returns the counter of a stream, which it keeps until the process ends: clearing a counter
+/// before each norm would be one more kernel per step. Null if other streams have all counters.
+unsigned* counter_of_stream(const Device& device, cudaStream_t stream) {
   static std::mutex mutex;
   static std::map<std::pair<int, cudaStream_t>, int> slots;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -166,10 +167,10 @@ unsigned* kept_counter(const Device& device, cudaStream_t stream) {
   return device.arrival_counters + slot;
 }
 
-/// Finds a counter that is zero when the norm begins. One in scratch memory, which is cleared
-/// first, serves a graph, since other work may be under way on the stream that it was captured on
-/// when it is replayed, and a stream that may end with work still to do, when another can get its
-/// handle.
+/// Finds a counter that is 0 when the norm begins. In two cases it is one in scratch memory, which
+/// has to be cleared first: in a captured graph, because other work may run on the captured stream
+/// while the graph is replayed; and for a stream that may be destroyed, because a new stream may
+/// get its handle while its work is unfinished.
 cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream,
                          unsigned** counter) {
   Device device;
@@ -178,7 +179,7 @@ cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream
   if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &capture);
   if (error != cudaSuccess) return error;
   if (capture == cudaStreamCaptureStatusNone && is_pool_stream) {
-    *counter = kept_counter(device, stream);
+    *counter = counter_of_stream(device, stream);
     if (*counter != nullptr) return cudaSuccess;
   }
   *counter = static_cast<unsigned*>(scratch);
@@ -190,12 +191,12 @@ cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream
 cudaError_t probe() {
   Device device;
   const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) cudaGetLastError();  // the next call must not find it
+  if (error != cudaSuccess) cudaGetLastError();  // else the next CUDA call would report it
   return error;
 }
 
 int64_t norm_scratch_bytes(const TensorList& list) {
-  return kCounterBytes + list.chunks() * static_cast<int64_t>(sizeof(Scaled));
+  return kCounterBytes + list.chunks() * static_cast<int64_t>(sizeof(ScaledSum));
 }
 
 cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
@@ -208,7 +209,7 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
   out.chunks = list.chunks();
   out.total_norm = buffers.total_norm;
   out.clip_coef = buffers.clip_coef;
-  out.float64 = buffers.float64;
+  out.is_float64 = buffers.float64;
   out.rule = rule;
   const auto launch = [&](const auto& table, const Device& device, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
@@ -226,12 +227,12 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
   return for_each_launch(list, Order::kForward, launch);
 }
 
-cudaError_t launch_scale(const TensorList& list, const void* clip_coef, bool float64,
+cudaError_t launch_scale(const TensorList& list, const void* clip_coef, bool is_float64,
                          cudaStream_t stream) {
   const auto launch = [&](const auto& table, const Device& device, bool) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(scale_kernel<Table>, blocks_for(list, table, device), device.dependent_launch,
-                   stream, table, clip_coef, float64);
+                   stream, table, clip_coef, is_float64);
   };
   return for_each_launch(list, Order::kBackward, launch);
 }

@@ -1,4 +1,4 @@
-// The norm of all gradients of a launch, in one pass at memory speed.
+// The norm of all gradients, in one pass over memory.
 
 #pragma once
 
@@ -8,17 +8,18 @@
 
 namespace gradclip::cuda {
 
-/// Where a norm goes, and what becomes of it.
+/// Where a norm kernel writes its results.
 struct NormOutput {
   double* partials;    // one per chunk of the whole list, by index
   unsigned* arrivals;  // 0 between launches; null in all launches of a list but the last
   int64_t chunks;      // of the whole list
-  void* total_norm;    // one float or double
+  void* total_norm;    // a float, or a double if is_float64
   void* clip_coef;     // the same
-  bool float64;        // both are double, because a gradient is
+  bool is_float64;     // some gradient is float64
   Rule rule;
 
-  /// A kernel that lets the next one start early obliges it to wait, so only ours may follow.
+  /// Whether the next kernel on the stream is scale_kernel. Only that one may be allowed to start
+  /// early, because it waits before it reads what this kernel wrote.
   __device__ bool scale_follows() const { return arrivals != nullptr && !rule.only_reports(); }
 };
 
@@ -31,51 +32,53 @@ __device__ void write_norm_as(const NormOutput& out, double norm) {
 }
 
 __device__ inline void write_norm(const NormOutput& out, double norm) {
-  if (out.float64) {
+  if (out.is_float64) {
     write_norm_as<double>(out, norm);
   } else {
     write_norm_as<float>(out, norm);
   }
 }
 
-/// Adds the partials in an order that depends on their number alone. One block; thread 0 writes.
+/// Combines the partials in an order that depends on their number alone, and writes the norm and
+/// the coefficient. One block; thread 0 writes.
 template <typename Norm>
 __device__ void finalize(const NormOutput& out) {
   __shared__ double shared[kWarps];
   double value = 0.0;
   for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
-    value = Norm::combine(value, __ldcg(out.partials + i));  // written by other SMs: from L2
+    value = Norm::combine(value, __ldcg(out.partials + i));  // other SMs wrote it: read L2
   }
   value = block_reduce<Norm>(value, shared);
-  if (threadIdx.x == 0) write_norm(out, Norm::finish(value));
+  if (threadIdx.x == 0) write_norm(out, Norm::finalize(value));
 }
 
-/// The same tiles again in float64, one element after the other: for the rare warp whose float32
-/// sum overflowed, or is so small that squares may have vanished. The data is still in L2.
+/// Sums the same tiles again in float64, one element at a time, for a warp whose float32 sum
+/// overflowed or is so small that squares may have underflowed. Such warps are rare, and the data
+/// is still in L2.
 template <typename Norm, typename T>
-__device__ __noinline__ double warp_sum_again(const T* x, int length, Share share, int lane) {
+__device__ __noinline__ double warp_sum_float64(const T* x, int length, WarpTiles tiles, int lane) {
   double sum = 0.0;
-  for (int tile = share.first * kTileNumel<T>; tile < length;
-       tile += share.stride * kTileNumel<T>) {
+  for (int tile = tiles.first * kTileNumel<T>; tile < length;
+       tile += tiles.stride * kTileNumel<T>) {
     const int end = min(length, tile + kTileNumel<T>);
-    for (int i = tile + lane; i < end; i += kWarp) sum += Norm::wide_term(to_float(x[i]));
+    for (int i = tile + lane; i < end; i += kWarp) sum += Norm::float64_term(to_float(x[i]));
   }
   return warp_reduce<Norm>(sum);
 }
 
-/// A warp's share of one chunk.
+/// Returns the sum of a warp's tiles of one chunk.
 template <typename Norm, typename T>
-__device__ double warp_sum(const T* x, int length, Share share, int lane) {
+__device__ double warp_sum(const T* x, int length, WarpTiles tiles, int lane) {
   double total = 0.0;
   unsigned bits = 0;
-  for (int tile = share.first * kTileNumel<T>; tile < length;
-       tile += share.stride * kTileNumel<T>) {
+  for (int tile = tiles.first * kTileNumel<T>; tile < length;
+       tile += tiles.stride * kTileNumel<T>) {
     Vec<T> vecs[kLoads];
     load_tile(vecs, x, tile, length, lane);
     typename Norm::Sum sums[4] = {};
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      if constexpr (Norm::kCanLeaveRange) {
+      if constexpr (Norm::kMayLeaveRange) {
         bits |= vecs[j].words.x | vecs[j].words.y;
         bits |= vecs[j].words.z | vecs[j].words.w;
       }
@@ -84,36 +87,37 @@ __device__ double warp_sum(const T* x, int length, Share share, int lane) {
         sums[k % 4] = Norm::add(sums[k % 4], to_float(vecs[j].items[k]));
       }
     }
-    total = Norm::combine(total, Norm::widen(Norm::merge(Norm::merge(sums[0], sums[1]),
-                                                         Norm::merge(sums[2], sums[3]))));
+    total = Norm::combine(total, Norm::to_float64(Norm::merge(Norm::merge(sums[0], sums[1]),
+                                                              Norm::merge(sums[2], sums[3]))));
   }
   total = warp_reduce<Norm>(total);
-  if constexpr (Norm::kCanLeaveRange) {
-    // Zero is no reason to look again unless a bit was set: rows of zeros are common in embeddings.
+  if constexpr (Norm::kMayLeaveRange) {
+    // A sum of 0 is right if no bit of an element was set: gradients of embeddings have many zero
+    // rows.
     const bool in_range = total >= 1e-30 && total < INFINITY;
     if (!in_range && __any_sync(kAllLanes, bits != 0)) {
-      total = warp_sum_again<Norm>(x, length, share, lane);
+      total = warp_sum_float64<Norm>(x, length, tiles, lane);
     }
   }
   return total;
 }
 
-/// Contract: kThreads threads; any grid; table of float32, bfloat16 and float16 tensors. Writes
-/// out.partials[c] for the launch's chunks, and the last block to finish a launch that has
-/// `arrivals` writes the norm and the coefficient. The bits depend on values and sizes only.
+/// Contract: kThreads threads; any grid; a table of float32, bfloat16 and float16 tensors. Writes
+/// out.partials[c] for the chunks of the launch. In a launch that has `arrivals`, the last block to
+/// finish writes the norm and the coefficient. The bits depend on values and sizes only.
 template <typename Norm, typename Table>
 __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant__ Table table,
                                                            const __grid_constant__ NormOutput out) {
-  // Warps leave their sums here and meet once in kBatch chunks, not in each.
+  // Warps store their sums here, so that one barrier serves kBatch chunks.
   constexpr int kBatch = 16;
   __shared__ double sums[kBatch][kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
   for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
-    const Share share(chunk, length * item_size(dtype), warp);
+    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
     double sum = 0.0;
-    visit<false>(dtype, data, length,
-                 [&](auto* x, int n) { sum = warp_sum<Norm>(x, n, share, lane); });
+    with_dtype<false>(dtype, data, length,
+                      [&](auto* x, int n) { sum = warp_sum<Norm>(x, n, tiles, lane); });
     const int slot = static_cast<int>((chunk - run.begin) % kBatch);
     if (lane == 0) sums[slot][warp] = sum;
     if (slot == kBatch - 1 || chunk == run.end - 1) {

@@ -1,4 +1,4 @@
-// The norm in float64 for what float32 cannot do: any order p > 0, and lists with a float64 tensor.
+// The norm computed in float64: for any order p > 0, and for lists with a float64 tensor.
 
 #pragma once
 
@@ -6,32 +6,31 @@
 
 namespace gradclip::cuda {
 
-/// A sum of |x|^p as sum * most^p, where `most` is the largest |x|: the ratio to it never leaves
-/// the range, whatever p is.
-struct Scaled {
-  double most;  // NaN if there is one
-  double sum;   // of (|x| / most)^p; 0 where `most` is 0, inf or NaN
+/// A sum of |x|^p, represented as sum * largest^p, so that it neither overflows nor underflows.
+struct ScaledSum {
+  double largest;  // the largest |x|; NaN if an element is NaN
+  double sum;      // of (|x| / largest)^p; 0 if `largest` is 0, inf or NaN
 };
 
 __device__ inline double power(double ratio, double p) {
   return p == 2.0 ? ratio * ratio : p == 1.0 ? ratio : pow(ratio, p);
 }
 
-__device__ inline bool can_divide_by(double most) { return most > 0.0 && most < INFINITY; }
+__device__ inline bool can_divide_by(double largest) { return largest > 0.0 && largest < INFINITY; }
 
-/// The sum of a part, in units of a larger one's magnitude.
-__device__ inline double rescaled(double sum, double most, double larger, double p) {
-  return sum > 0.0 ? sum * power(most / larger, p) : 0.0;
+/// Converts a sum that is scaled by `largest` to one that is scaled by `new_largest`.
+__device__ inline double rescaled(double sum, double largest, double new_largest, double p) {
+  return sum > 0.0 ? sum * power(largest / new_largest, p) : 0.0;
 }
 
-/// The largest magnitude of the block's threads, in every thread. `shared` as in block_reduce.
-__device__ inline double block_most(double most, double* shared) {
-  most = block_reduce<LInf>(most, shared);
-  if (threadIdx.x == 0) shared[0] = most;
+/// Returns the largest value of the block's threads to every thread. `shared` as in block_reduce.
+__device__ inline double block_max(double value, double* shared) {
+  value = block_reduce<LInf>(value, shared);
+  if (threadIdx.x == 0) shared[0] = value;
   __syncthreads();
-  most = shared[0];
+  value = shared[0];
   __syncthreads();
-  return most;
+  return value;
 }
 
 __device__ inline double to_double(double x) { return x; }
@@ -40,73 +39,76 @@ __device__ double to_double(T x) {
   return to_float(x);
 }
 
-/// A warp's share of a chunk, in two readings: the largest magnitude, then the sum.
+/// Returns the scaled sum of a warp's tiles of a chunk, in two passes: the largest magnitude, then
+/// the sum.
 template <typename T>
-__device__ Scaled warp_scaled(const T* x, int length, Share share, double p, int lane) {
-  const int first = share.first * kTileNumel<T>, stride = share.stride * kTileNumel<T>;
-  double most = 0.0;
+__device__ ScaledSum warp_scaled_sum(const T* x, int length, WarpTiles tiles, double p, int lane) {
+  const int first = tiles.first * kTileNumel<T>, stride = tiles.stride * kTileNumel<T>;
+  double largest = 0.0;
   for (int tile = first; tile < length; tile += stride) {
     const int end = min(length, tile + kTileNumel<T>);
 #pragma unroll 4
-    for (int i = tile + lane; i < end; i += kWarp) most = nan_max(most, fabs(to_double(x[i])));
+    for (int i = tile + lane; i < end; i += kWarp) {
+      largest = nan_max(largest, fabs(to_double(x[i])));
+    }
   }
-  most = warp_reduce<LInf>(most);
+  largest = warp_reduce<LInf>(largest);
   double sum = 0.0;
-  if (can_divide_by(most) && p < INFINITY) {
-    const double inverse = 1.0 / most;  // inf for the least of the subnormal numbers
+  if (can_divide_by(largest) && p < INFINITY) {
+    const double inverse = 1.0 / largest;  // inf for the smallest subnormal numbers
     for (int tile = first; tile < length; tile += stride) {
       const int end = min(length, tile + kTileNumel<T>);
       for (int i = tile + lane; i < end; i += kWarp) {
         const double magnitude = fabs(to_double(x[i]));
-        sum += power(inverse < INFINITY ? magnitude * inverse : magnitude / most, p);
+        sum += power(inverse < INFINITY ? magnitude * inverse : magnitude / largest, p);
       }
     }
     sum = warp_reduce<L1>(sum);
   }
-  return {most, sum};
+  return {largest, sum};
 }
 
-/// As finalize(), in two readings of the partials: no power waits for another.
+/// As finalize(), in two passes over the partials, so that no power depends on another one.
 __device__ inline void finalize_float64(const NormOutput& out, double p) {
   __shared__ double shared[kWarps];
-  const Scaled* partials = reinterpret_cast<const Scaled*>(out.partials);
-  double most = 0.0;
+  const ScaledSum* partials = reinterpret_cast<const ScaledSum*>(out.partials);
+  double largest = 0.0;
   for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
-    most = nan_max(most, __ldcg(&partials[i].most));
+    largest = nan_max(largest, __ldcg(&partials[i].largest));
   }
-  most = block_most(most, shared);
+  largest = block_max(largest, shared);
   double sum = 0.0;
-  if (can_divide_by(most)) {
+  if (can_divide_by(largest)) {
     for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
-      sum += rescaled(__ldcg(&partials[i].sum), __ldcg(&partials[i].most), most, p);
+      sum += rescaled(__ldcg(&partials[i].sum), __ldcg(&partials[i].largest), largest, p);
     }
   }
   sum = block_reduce<L1>(sum, shared);
   if (threadIdx.x != 0) return;
-  const bool whole = p < INFINITY && can_divide_by(most);
-  write_norm(out, whole ? most * pow(sum, 1.0 / p) : most);
+  const bool has_sum = p < INFINITY && can_divide_by(largest);
+  write_norm(out, has_sum ? largest * pow(sum, 1.0 / p) : largest);
 }
 
-/// Contract: as norm_kernel, for tables of any dtype; out.partials holds one Scaled per chunk.
+/// Contract: as norm_kernel, for tables of any dtype; out.partials holds one ScaledSum per chunk.
 template <typename Table>
 __global__ __launch_bounds__(kThreads,
                              4) void norm_float64_kernel(const __grid_constant__ Table table,
                                                          const __grid_constant__ NormOutput out,
                                                          const double p) {
   __shared__ double shared[kWarps];
-  Scaled* partials = reinterpret_cast<Scaled*>(out.partials);
+  ScaledSum* partials = reinterpret_cast<ScaledSum*>(out.partials);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
   for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
-    const Share share(chunk, length * item_size(dtype), warp);
-    Scaled own = {0.0, 0.0};
-    visit<true>(dtype, data, length,
-                [&](auto* x, int n) { own = warp_scaled(x, n, share, p, lane); });
-    const double most = block_most(own.most, shared);
-    const bool counts = lane == 0 && can_divide_by(most);
-    const double sum =
-        block_reduce<L1>(counts ? rescaled(own.sum, own.most, most, p) : 0.0, shared);
-    if (threadIdx.x == 0) partials[table.first_chunk + chunk] = {most, sum};
+    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
+    ScaledSum of_warp = {0.0, 0.0};
+    with_dtype<true>(dtype, data, length,
+                     [&](auto* x, int n) { of_warp = warp_scaled_sum(x, n, tiles, p, lane); });
+    const double largest = block_max(of_warp.largest, shared);
+    const bool has_sum = lane == 0 && can_divide_by(largest);
+    const double sum = block_reduce<L1>(
+        has_sum ? rescaled(of_warp.sum, of_warp.largest, largest, p) : 0.0, shared);
+    if (threadIdx.x == 0) partials[table.first_chunk + chunk] = {largest, sum};
     __syncthreads();
   });
   if (out.scale_follows()) let_next_kernel_launch();

@@ -1,4 +1,4 @@
-// Norms as a kernel computes them, and sums across a warp and a block in a fixed order.
+// The arithmetic of each norm, and reductions across a warp and a block in a fixed order.
 
 #pragma once
 
@@ -13,49 +13,49 @@ __device__ inline double nan_max(double a, double b) { return a > b || a != a ? 
 
 // ---------------------------------------------------------------- in float32
 
-/// p = 2. A lane adds at most 64 squares of a tile in 4 sums of float32, so 16 roundings follow
-/// one another: 16/2 * 2^-24 of a sum of squares at worst, 2.4e-7 of a norm. Tiles are added in
-/// float64.
+/// p = 2. A lane adds at most 16 squares of a tile in each of 4 float32 sums and then merges these:
+/// at most 18 roundings in a row. The error of a norm is half of that of the sum, at most
+/// 18/2 * 2^-24 = 5.4e-7. Tiles are added in float64.
 struct L2 {
   using Sum = float;
-  static constexpr bool kCanLeaveRange = true;
+  static constexpr bool kMayLeaveRange = true;
   __device__ static float add(float sum, float x) { return fmaf(x, x, sum); }
   __device__ static float merge(float a, float b) { return a + b; }
-  __device__ static double widen(float sum) { return sum; }
+  __device__ static double to_float64(float sum) { return sum; }
   __device__ static double combine(double a, double b) { return a + b; }
-  __device__ static double wide_term(double x) { return x * x; }
-  __device__ static double finish(double sum) { return sqrt(sum); }
+  __device__ static double float64_term(double x) { return x * x; }
+  __device__ static double finalize(double sum) { return sqrt(sum); }
 };
 
 /// p = 1.
 struct L1 {
   using Sum = float;
-  static constexpr bool kCanLeaveRange = true;
+  static constexpr bool kMayLeaveRange = true;
   __device__ static float add(float sum, float x) { return sum + fabsf(x); }
   __device__ static float merge(float a, float b) { return a + b; }
-  __device__ static double widen(float sum) { return sum; }
+  __device__ static double to_float64(float sum) { return sum; }
   __device__ static double combine(double a, double b) { return a + b; }
-  __device__ static double wide_term(double x) { return fabs(x); }
-  __device__ static double finish(double sum) { return sum; }
+  __device__ static double float64_term(double x) { return fabs(x); }
+  __device__ static double finalize(double sum) { return sum; }
 };
 
-/// p = inf. Magnitudes are compared as integers, whose order puts NaN above inf: it survives.
+/// p = inf. Magnitudes are compared as integers. In their order NaN is above inf, so NaN is kept.
 struct LInf {
   using Sum = unsigned;
-  static constexpr bool kCanLeaveRange = false;
-  __device__ static unsigned add(unsigned most, float x) {
-    return max(most, __float_as_uint(x) & 0x7fffffffu);
+  static constexpr bool kMayLeaveRange = false;
+  __device__ static unsigned add(unsigned largest, float x) {
+    return max(largest, __float_as_uint(x) & 0x7fffffffu);
   }
   __device__ static unsigned merge(unsigned a, unsigned b) { return max(a, b); }
-  __device__ static double widen(unsigned most) { return __uint_as_float(most); }
+  __device__ static double to_float64(unsigned largest) { return __uint_as_float(largest); }
   __device__ static double combine(double a, double b) { return nan_max(a, b); }
-  __device__ static double wide_term(double x) { return fabs(x); }
-  __device__ static double finish(double most) { return most; }
+  __device__ static double float64_term(double x) { return fabs(x); }
+  __device__ static double finalize(double largest) { return largest; }
 };
 
 // ---------------------------------------------------------------- across lanes
 
-/// Every lane gets the result; the tree is the same in every lane's view.
+/// Returns the result to every lane; all lanes compute it in the same order.
 template <typename Norm>
 __device__ double warp_reduce(double value) {
 #pragma unroll
@@ -65,8 +65,8 @@ __device__ double warp_reduce(double value) {
   return value;
 }
 
-/// Thread 0 gets the result. `shared` has kWarps entries, which are free again at the block's next
-/// barrier; every thread of the block takes part.
+/// Returns the result to thread 0. `shared` has kWarps entries, which may be reused after the
+/// block's next barrier. Every thread of the block must call it.
 template <typename Norm>
 __device__ double block_reduce(double value, double* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -79,14 +79,14 @@ __device__ double block_reduce(double value, double* shared) {
   return value;
 }
 
-/// Tells all threads of one block, and one only, that every block has come here; what the others
-/// wrote before is then visible to it. `arrivals` starts at 0 and is 0 again afterwards, so it
-/// serves one launch after the other without being cleared.
+/// Returns true in all threads of the block that arrives here last, to which everything that the
+/// other blocks wrote before is visible, and false in all other blocks. `arrivals` has to be 0
+/// before the launch and is 0 after it, so that the next launch can use it without clearing it.
 __device__ inline bool is_last_block(unsigned* arrivals) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // for the whole block: what it wrote before the barrier comes first
+    __threadfence();  // makes what the whole block wrote before the barrier visible first
     last = atomicInc(arrivals, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-// How a block finds its work: a contiguous run of the launch's chunks.
+// How a block finds its work: a contiguous range of the launch's chunks.
 
 #pragma once
 
@@ -7,11 +7,11 @@
 
 namespace gradclip::cuda {
 
-// Programmatic dependent launch, sm_90 and later: blocks of the scale kernel move in as blocks of
-// the norm kernel leave, instead of after the last of them. On other GPUs both do nothing, and
-// plain stream order holds.
+// Programmatic dependent launch, sm_90 and later: blocks of the scale kernel start as soon as
+// blocks of the norm kernel end, not only after the last of them. On other GPUs both functions do
+// nothing, and the kernels run in stream order.
 
-/// To be called when a block has done its streaming.
+/// To be called when a block has read its gradients.
 __device__ inline void let_next_kernel_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -25,7 +25,7 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-/// The chunks [begin, end) of block `block` out of `blocks`; run lengths differ by one at most.
+/// The chunks [begin, end) of block `block` out of `blocks`; the lengths differ by one at most.
 struct Run {
   int64_t begin;
   int64_t end;
@@ -33,21 +33,21 @@ struct Run {
       : begin(chunks * block / blocks), end(chunks * (block + 1) / blocks) {}
 };
 
-/// Tells which tiles of a chunk are this warp's: warp, warp + stride, warp + 2 * stride ...
+/// The tiles of a chunk that this warp processes: first, first + stride, first + 2 * stride ...
 ///
-/// A chunk of one tile belongs whole to one warp, picked by the chunk's index, so that the warps
-/// of a block work on many small tensors at a time instead of seven of them waiting for one.
-struct Share {
+/// A chunk of one tile is processed by one warp, chosen by the chunk's index, so that the warps of
+/// a block process several small tensors at a time. Otherwise seven warps would wait for the first.
+struct WarpTiles {
   int first;
   int stride;
-  __device__ Share(int64_t chunk, int64_t chunk_bytes, int warp)
+  __device__ WarpTiles(int64_t chunk, int64_t chunk_bytes, int warp)
       : first(chunk_bytes <= kTileBytes ? (chunk % kWarps == warp ? 0 : 1) : warp),
         stride(kWarps) {}
 };
 
-/// Calls `work(data, length)` with a chunk's address in its own element type.
+/// Calls `work(data, length)` with the address of a chunk as a pointer to its element type.
 template <bool kWithFloat64, typename Work>
-__device__ void visit(DType dtype, char* data, int64_t length, Work&& work) {
+__device__ void with_dtype(DType dtype, char* data, int64_t length, Work&& work) {
   const int n = static_cast<int>(length);
   switch (dtype) {
     case DType::kFloat32:
@@ -66,7 +66,8 @@ __device__ void visit(DType dtype, char* data, int64_t length, Work&& work) {
 }
 
 /// Calls `work(chunk, dtype, data, length)` for every chunk of the run, forwards or backwards;
-/// `chunk` counts from the launch's first. One binary search, then a step at a time.
+/// `chunk` is counted from the first chunk of the launch. The first tensor is found by binary
+/// search.
 template <bool kBackwards, typename Table, typename Work>
 __device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) {
   if (run.begin == run.end) return;

@@ -30,14 +30,16 @@ class ReleaseGil {
   std::optional<py::gil_scoped_release> released_;
 };
 
-/// Returns the norm of order p > 0 or inf, and the coefficient that the rule makes of it in the
-/// precision of the result.
+/// Returns the norm of order p > 0 or inf in the precision of the result, where a norm beyond float32
+/// is inf, and the coefficient that the rule makes of it.
 std::pair<double, double> cpu_norm(const HeldList& list, double p, double max_norm, bool float64) {
   const cpu::Threads threads = threads_for(list.spans);
   const ReleaseGil release(list);
   const double norm = cpu::norm(list.spans, p, threads);
   const Rule rule{max_norm};
-  return {norm, float64 ? rule.clip_coef(norm) : rule.clip_coef(static_cast<float>(norm))};
+  if (float64) return {norm, rule.clip_coef(norm)};
+  const auto rounded = static_cast<float>(norm);
+  return {rounded, rule.clip_coef(rounded)};
 }
 
 /// Writes nothing if the coefficient is 1 or more.

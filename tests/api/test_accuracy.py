@@ -53,7 +53,7 @@ def test_norm_of_100_million_elements(name: str, device: str, dtype: str) -> Non
 @over_devices
 @pytest.mark.parametrize("name", cpu_backends())
 def test_memory_for_100_million_elements(name: str, device: str, dtype: str) -> None:
-    """At most 64 MiB beyond the gradients, whatever the function and the order."""
+    """No function takes more than 64 MiB beyond the gradients, for any order."""
     rises = large(name, device, dtype)["rises"]
     assert sum(rises.values()) <= 64, rises
 
@@ -80,7 +80,7 @@ def test_more_than_two_to_the_31_elements(backend: Target) -> None:
 
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 3.0, math.inf, -math.inf], ids=name_of)
 def test_sizes_around_powers_of_two(backend: Target, norm_type: float) -> None:
-    """Rows, chunks and vector tails begin and end somewhere near these."""
+    """Rows, chunks and vector tails begin and end near these sizes."""
     sizes = [2**k + d for k in (4, 9, 10, 14, 16) for d in (-1, 0, 1)] + [2**20 + 1]
     dtypes = HALF_AND_SINGLE if norm_type == 2.0 else (torch.float32,)
     for dtype in dtypes:
@@ -125,7 +125,7 @@ def spread(backend: Target, dtype: torch.dtype, scale: float) -> list[Tensor]:
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 3.0, math.inf], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=name_of)
 def test_float32_range(backend: Target, dtype: torch.dtype, norm_type: float) -> None:
-    """Squares overflow above 1.8e19 and vanish below 4e-23; torch then zeroes all, or clips nothing."""
+    """Squares overflow above 1.8e19 and underflow below 4e-23; torch then zeroes or keeps all gradients."""
     for scale in (1e-40, 1e-30, 1e-23, 1e-19, 1e19, 1e25, 1e30, 1e34):
         grads = spread(backend, dtype, scale)
         oracle.assert_norm(backend.get_total_norm(grads, norm_type), grads, norm_type, f"{scale}")
@@ -170,7 +170,7 @@ def test_tiny_beside_huge(backend: Target) -> None:
 
 
 def test_clipping_over_the_whole_range(backend: Target) -> None:
-    """Not only the norm: huge gradients end at max_norm instead of zero, tiny ones stay."""
+    """Clipping, too: huge gradients get the norm max_norm instead of zero, tiny ones do not change."""
     for scale in (1e-30, 1e-22, 1e22, 1e30):
         params = [parameter(g) for g in spread(backend, torch.float32, scale)]
         before = clones(grads_of(params))

@@ -1,4 +1,4 @@
-"""Numbers, backends and foreach= that are refused: the exception, its message, and unchanged gradients."""
+"""Numbers, backends and foreach= that raise: the exception, its message, and unchanged gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not a list of tensors: the exception, its message, and gradients left as they were."""
+"""Arguments that are not lists of tensors: the exception, its message, and unchanged gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradclip_ext import register_clamp_hook
 
 
 class Wrong(NamedTuple):
-    """An argument made from a model with gradients, and what must be said about it."""
+    """An argument made from a model with gradients, and the words that the message must hold."""
 
     make: Callable[[torch.nn.Module], Any]
     words: tuple[str, ...]
@@ -70,7 +70,7 @@ def test_not_tensors_to_hook(kind: str) -> None:
 
 
 class Parameters(torch.nn.Module):
-    """A module that can be iterated over: torch takes it."""
+    """A module that can be iterated over, which torch accepts."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__()

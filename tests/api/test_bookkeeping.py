@@ -1,4 +1,4 @@
-"""Everything around the numbers: what is returned, what is written, what stays as it was."""
+"""Everything but the values: what is returned, what is written, what does not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_returned_norms_are_fresh(backend: Target) -> None:
 
 
 def test_returned_norm_is_not_the_gradient(backend: Target) -> None:
-    """A single 0-d gradient is its own norm in value, never in memory."""
+    """The norm of a single 0-d gradient has its value, but not its memory."""
     for norm_type in (0.5, 1.0, 2.0, math.inf, -math.inf):
         for dtype in (torch.float32, torch.float64):
             grad = torch.tensor(7.0, dtype=dtype, device=backend.device)
@@ -93,7 +93,7 @@ def test_version_counter_is_bumped_even_when_nothing_is_written(backend: Target,
 
 
 def test_autograd_notices_a_gradient_it_had_saved(backend: Target) -> None:
-    """Why the counter is bumped: a graph that saved .grad must not be run after clipping."""
+    """The reason for the version counter: a graph that saved .grad must not run after clipping."""
     (param,) = backend.parameters((3,))
     param.grad.requires_grad_()
     penalty = param.grad.pow(2).sum()

@@ -33,7 +33,7 @@ def test_equals_clamp_(backend: Target, bounds: tuple, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 def test_special_values(backend: Target, bounds: tuple, dtype: torch.dtype) -> None:
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 5.0, -5.0], dtype=dtype)
-    for repeats in (1, 3000):  # small and large tensors take different ways
+    for repeats in (1, 3000):  # small and large tensors take different code paths
         grads = [special.repeat(repeats).to(backend.device) for _ in range(2)]
         expected = special.repeat(repeats).clamp(*bounds)
         backend.clamp_grad_([parameter(g) for g in grads], *bounds)

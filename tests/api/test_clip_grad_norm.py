@@ -45,7 +45,7 @@ def check(
 @over_norm_types
 @over_dtypes
 def test_parity_over_layouts_and_containers(backend: Target, dtype: torch.dtype, norm_type: float) -> None:
-    for threshold in (lambda norm: norm / 2, lambda norm: 2 * norm + 1):  # clipped, and left alone
+    for threshold in (lambda norm: norm / 2, lambda norm: 2 * norm + 1):  # clipped, and not clipped
         for layout, container, grads in layout_cases(dtype=dtype, device=backend.device):
             params = [parameter(g) for g in grads]
             max_norm = threshold(reference.total_norm(grads, norm_type))
@@ -103,7 +103,7 @@ def test_every_element_of_a_long_list_counts_once(backend: Target) -> None:
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 def test_zero_size_gradient_is_ignored_wherever_it_stands(backend: Target, where: int) -> None:
-    """torch raises for inf, -inf and negative orders, which strands the other ranks."""
+    """torch raises for inf, -inf and negative orders, and the other ranks then wait forever."""
     for norm_type in (0.0, 0.5, 2.0, math.inf, -math.inf, -1.0):
         params = backend.parameters((3,), (2, 2))
         params.insert(where, parameter(backend.random(0, 5)))
@@ -310,7 +310,7 @@ def test_zero_gradients_are_fine(backend: Target) -> None:
 
 
 def test_threshold_beyond_float32(backend: Target) -> None:
-    """A max_norm that float32 cannot hold clips nothing but the infinite, which becomes NaN as ever."""
+    """A max_norm beyond float32 clips only infinite gradients, which become NaN, as in torch."""
     param = parameter(torch.tensor([1.0, math.inf], device=backend.device))
     assert backend.clip_grad_norm_(param, 1e39) == math.inf
     assert param.grad[1].isnan()

@@ -25,7 +25,7 @@ def test_parity_over_layouts_and_containers(backend: Target, dtype: torch.dtype)
             what = f"{layout}, {container}, clip_value={clip_value}"
             assert backend.clip_grad_value_(CONTAINERS[container](params), clip_value) is None
             torch_clip_grad_value_(twins, clip_value)
-            # Clamping rounds nothing but the bound, once.
+            # Clamping rounds only the bound, once.
             exact = reference.clamp(before, -clip_value, clip_value)
             for grad, twin, old, clamped in zip(grads, twins, outside, exact):
                 oracle.assert_same_bits(grad, twin.grad, what)
@@ -37,7 +37,7 @@ def test_parity_over_layouts_and_containers(backend: Target, dtype: torch.dtype)
 @over_real_dtypes
 def test_nan_stays_and_infinities_become_the_bound(backend: Target, dtype: torch.dtype) -> None:
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.25, -0.25, 2.0], dtype=dtype)
-    for size in (6, 6 * 3000):  # small and large tensors take different ways
+    for size in (6, 6 * 3000):  # small and large tensors take different code paths
         param = parameter(special.repeat(size // 6).to(backend.device))
         backend.clip_grad_value_([param, parameter(backend.random(2))], 0.5)
         expected = torch.tensor([math.nan, 0.5, -0.5, 0.25, -0.25, 0.5], dtype=dtype).repeat(size // 6)

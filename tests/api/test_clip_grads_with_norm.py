@@ -79,7 +79,7 @@ def test_norm_is_left_alone(backend: Target) -> None:
 
 
 def test_norm_that_is_one_of_the_gradients(backend: Target) -> None:
-    """Aliasing must not let the first product change the coefficient of the second."""
+    """If the norm shares memory with a gradient, the first product must not change the coefficient."""
     norm, other = (backend.random().abs() + 2 for _ in range(2))
     before = clones([norm, other])
     backend.clip_grads_with_norm_([parameter(norm), parameter(other)], 0.5, norm)
@@ -105,7 +105,7 @@ def test_nothing_to_clip() -> None:
 @pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("foreach", [None, True, False])
 def test_norm_with_one_element_is_a_norm(foreach: bool | None, shape: tuple[int, ...]) -> None:
-    """TransformerEngine and Megatron hand those out; torch takes them with foreach=False only."""
+    """TransformerEngine and Megatron return such norms; torch supports them with foreach=False only."""
     value = random().abs() + 2
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
         grads = [random(5, dtype=dtype), random(2, 3, dtype=dtype)]

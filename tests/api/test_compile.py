@@ -85,7 +85,7 @@ def compiled_with(compiler: str, function: Callable[..., Any]) -> Callable[..., 
 @over_compilers
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_a_threshold_that_changes(name: str, compiler: str) -> None:
-    """From its second value on, a float is no constant of the compiled code any more."""
+    """From its second value on, a float is an input of the compiled code and no constant."""
     compiled = compiled_with(compiler, THRESHOLDS[name])
     grads = [random(5, 3), random(7)]
     for most in (0.5, 0.25, 0.125, math.inf, 2, 3):
@@ -103,7 +103,7 @@ def test_a_threshold_that_changes(name: str, compiler: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function(compiler: str, name: str) -> None:
     """One compiled function meets gradients that are clipped, that are not, and that are not finite: no
-    branch of the trace may hang on a value."""
+    branch of the trace may depend on a value."""
     compiled = compiled_with(compiler, FUNCTIONS[name])
     for factor in (1.0, 1e-3, math.inf, math.nan):
         grads = [random(8, 4), random(5), random()]
@@ -225,7 +225,7 @@ def test_model_with_clamp_hooks() -> None:
 
 
 def test_error_if_nonfinite_breaks_the_graph_but_works() -> None:
-    """As in torch it needs the value, so it is the one thing that fullgraph cannot have."""
+    """As in torch, error_if_nonfinite needs the value, so that fullgraph=True does not support it."""
     compiled = torch.compile(
         lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0, error_if_nonfinite=True), backend="eager"
     )

@@ -26,7 +26,7 @@ def test_parity_over_layouts_and_containers(backend: Target, dtype: torch.dtype,
 
 
 def test_weights_and_activations(backend: Target) -> None:
-    """Any tensors will do: parameters, and results that carry a graph."""
+    """Any tensors are supported: parameters, and results that are part of a graph."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).to(backend.device)
     weights = list(model.parameters())
     oracle.assert_norm(backend.get_total_norm(weights), weights, 2.0)
@@ -74,7 +74,7 @@ def test_default_dtype_decides_nothing(backend: Target, norm_type: float, defaul
 
 
 def test_order_zero_counts_beyond_what_half_types_hold(backend: Target) -> None:
-    """bfloat16 knows no 257: the count is in float32."""
+    """bfloat16 cannot represent 257: the count is in float32."""
     tensors = [backend.random(1, dtype=torch.bfloat16) for _ in range(300)]
     assert backend.get_total_norm(tensors, 0.0).item() == 300.0
 

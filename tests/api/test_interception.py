@@ -40,7 +40,7 @@ def assert_clipped_alike(ours: Any, theirs: Any) -> None:
 
 
 class Record(TorchFunctionMode):
-    """Notes the names of torch's functions that are called."""
+    """Records the names of torch's functions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Record(TorchFunctionMode):
 
 
 class RecordDispatch(TorchDispatchMode):
-    """Notes the operations that reach the dispatcher."""
+    """Records the operations that reach the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_a_tensor_that_is_listed_twice_counts_twice() -> None:
 @pytest.mark.parametrize("trace", [make_fx, torch.jit.trace], ids=["make_fx", "jit"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_holds_for_other_values(trace: Callable[..., Any], norm_type: float) -> None:
-    """A trace made where nothing has to be clipped also clips."""
+    """A trace of a call that clips nothing clips when it has to."""
 
     def step(a: Tensor, b: Tensor) -> list[Tensor]:
         norm, grads = clipped([a, b], norm_type)
@@ -205,7 +205,7 @@ def test_a_mode_that_fakes() -> None:
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6, math.inf])
 def test_saved_tensors_that_may_be_changed(max_norm: float) -> None:
-    """The mode keeps a copy of what was saved when it sees a change, and believes version counters."""
+    """The mode copies a saved tensor when its version counter shows a change."""
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         x, param = torch.ones(2, requires_grad=True), parameter(random(2))
         before = param.grad.clone()

@@ -1,4 +1,4 @@
-"""Where values live on an accelerator, nothing may wait for one."""
+"""The host never waits for a value on an accelerator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READS = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_non
 
 
 class NoReads(TorchDispatchMode):
-    """Raises when an operation hands a value of a tensor to the host."""
+    """Raises when an operation reads a value of a tensor on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func._schema.name in READS:
@@ -32,7 +32,7 @@ class NoReads(TorchDispatchMode):
 
 @contextmanager
 def no_sync(backend: Target) -> Iterator[None]:
-    """Fail when the host waits for a value: CUDA can tell, and for the blind CPU every read is one."""
+    """Fail when the host waits for a value: CUDA reports it; for the blind CPU, every read counts."""
     if backend.sees_values:
         pytest.skip("on the CPU the host may look at values; the blind way and CUDA must not")
     if backend.device == "cpu":

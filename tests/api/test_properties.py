@@ -1,4 +1,4 @@
-"""Properties that must hold for any input, searched by hypothesis; the seed stands in pytest's header."""
+"""Properties that must hold for any input, tested with hypothesis; pytest's header has the seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ORDERS = st.one_of(POSITIVE_ORDERS, st.sampled_from([0.0, -math.inf, -1.0, -2.0]
 
 @st.composite
 def gradients(draw: st.DrawFn, dtypes: tuple = REAL_DTYPES, widest: int = 10) -> list[Tensor]:
-    """Draw a list of gradients, of one dtype or of several, each on a magnitude of its own."""
+    """Draw a list of gradients, of one dtype or of several, each with a magnitude of its own."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     kinds = draw(st.sampled_from([*[(d,) for d in dtypes], dtypes]))
     grads = []

@@ -22,7 +22,7 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Paramete
 
 
 def deliver(grad: Tensor, *params: Tensor) -> None:
-    """Run a backward that hands ``grad`` to every parameter."""
+    """Run a backward in which every parameter gets ``grad``."""
     torch.autograd.backward([(p * grad).sum() for p in params])
 
 
@@ -74,7 +74,7 @@ def test_model_trains_like_with_lambdas() -> None:
 
 
 def test_shared_incoming_buffer_is_not_written() -> None:
-    """In ((a + b) * w).sum() autograd hands one buffer to both a and b."""
+    """In ((a + b) * w).sum() autograd passes the same buffer to a and b."""
     a, b, w = weight(5), weight(5), random(5)
     register_clamp_hook(a, LOW, HIGH)
     ((a + b) * w).sum().backward()
@@ -196,11 +196,11 @@ def test_removal() -> None:
 
 def test_removal_leaves_other_hooks() -> None:
     param, grad = weight(5), random(5) * 10
-    wide_handle, narrow = register_clamp_hook(param, -2.0, 2.0), register_clamp_hook(param, LOW, HIGH)
-    narrow.remove()
+    outer, inner = register_clamp_hook(param, -2.0, 2.0), register_clamp_hook(param, LOW, HIGH)
+    inner.remove()
     deliver(grad, param)
     oracle.assert_same_bits(param.grad, grad.clamp(-2.0, 2.0))
-    wide_handle.remove()
+    outer.remove()
 
 
 def test_with_statement() -> None:

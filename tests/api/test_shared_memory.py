@@ -24,7 +24,7 @@ def test_a_parameter_listed_twice_counts_once(backend: Target) -> None:
 
 
 def test_parameters_that_share_a_gradient_both_count_and_its_memory_is_written_once(backend: Target) -> None:
-    """autograd.grad of a + b hands out one tensor. torch counts it twice too, but also scales it twice."""
+    """autograd.grad of a + b returns one tensor twice. torch scales it twice."""
     for name, call in backend.calls().items():
         params = backend.parameters((3,), (2, 2))
         before = clones(grads_of(params))

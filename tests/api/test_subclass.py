@@ -1,4 +1,4 @@
-"""Tensor subclasses: those that dispatch go whole to torch's functions, the others are plain tensors."""
+"""Tensor subclasses: torch's functions handle those that dispatch; others are handled as plain tensors."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ def test_wrapped_total_norm() -> None:
 
 
 class Tagged(Tensor):
-    """Changes nothing but its type; it has memory like any tensor."""
+    """Differs from a tensor only in its type; it has memory."""
 
 
 class Refusing(Tensor):
-    """Would notice if a fused path ran torch operations on the subclass itself."""
+    """Records torch operations that a fused path runs on the subclass itself."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -42,7 +42,7 @@ def test_complex32(norm_type: float, foreach: bool | None) -> None:
 
 @over_foreach
 def test_complex32_and_a_small_coefficient(foreach: bool | None) -> None:
-    """torch rounds the coefficient to float16, which knows hardly any number near 1e-6."""
+    """torch rounds the coefficient to float16, which has hardly any number near 1e-6."""
     grads = [random(50, dtype=torch.complex64).mul(1e3).to(torch.complex32)]
     if foreach is False:
         grads.append(grads[0].clone().conj())
@@ -150,7 +150,7 @@ def test_lazy_negatives_clamped_one_at_a_time(kind: str) -> None:
 
 
 def test_dense_lazy_negatives_are_clamped_right_or_refused(backend: Target) -> None:
-    """Memory holds the negated values: bounds that are not symmetric tell."""
+    """Memory holds the negated values, which bounds that are not symmetric show."""
     calls: dict[tuple[float, float], Callable[[Any], Any]] = {
         (-0.1, 0.3): lambda ps: backend.clamp_grad_(ps, -0.1, 0.3),
         (-0.2, 0.2): lambda ps: backend.clip_grad_value_(ps, 0.2),
@@ -248,7 +248,7 @@ def test_tangents_of_dual_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("gaps", [False, True])
 def test_a_non_leaf_warns_once_a_call(backend: Target, gaps: bool) -> None:
-    """torch warns where its .grad is asked for; once is enough, whichever way the list goes."""
+    """torch warns when it reads its .grad; one warning is enough, on every code path."""
     calls = backend.calls()
     calls["error_if_nonfinite"] = lambda ps: backend.clip_grad_norm_(ps, 0.1, error_if_nonfinite=True)
     for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""Fixtures for looking at the triton backend without Triton."""
+"""Fixtures for testing the triton backend without Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradclip_ext.backends.triton import TritonBackend, memory
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple]]:
-    """A list for what triton_fakes.py notes, and no tables from before."""
+    """The list in which triton_fakes.py records; tables of earlier tests are deleted."""
     monkeypatch.setattr(memory, "_workspaces", {})
     return []
 
@@ -26,7 +26,7 @@ def install(log: list, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TritonB
 
     def installed(**options: object) -> TritonBackend:
         backend = with_fake_kernels(log, **options)  # type: ignore[arg-type]
-        backend._reasons[torch.device("cpu")] = None  # as a GPU would be to it: usable, as far as it knows
+        backend._reasons[torch.device("cpu")] = None  # it supports the CPU now
         monkeypatch.setitem(backends.ALL, "triton", backend)
         return backend
 

@@ -108,7 +108,7 @@ print(os.waitpid(child, 0)[1])
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_its_parent_s_threads() -> None:
-    """Each tensor is small enough for torch to take one thread: torch.nn.utils gets through this."""
+    """Each tensor is so small that torch uses one thread: torch.nn.utils passes this test."""
     assert run_python("-c", FORK_SCRIPT, timeout=60) == "0\n"
 
 

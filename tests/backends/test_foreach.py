@@ -47,7 +47,7 @@ def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch
 
 
 def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One dtype and no gaps per launch; what is irregular goes alone and demotes nobody."""
+    """One dtype and no gaps per launch; irregular tensors go alone and do not slow down the others."""
     monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
     a, b = random(3), random(4)
     half = random(5, dtype=torch.bfloat16)

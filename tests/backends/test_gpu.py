@@ -1,4 +1,4 @@
-"""What only a GPU can show, of its kernels' two backends: graphs, streams, threads, sizes, synchronisation.
+"""Tests of the cuda and triton backends that need a GPU: graphs, streams, threads, sizes, synchronisation.
 
 What every backend must do is in the shared suite, whose targets there end in "-cuda".
 """
@@ -71,7 +71,7 @@ def test_captured_graph_replays_on_new_values(name: str) -> None:
         norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
         gradclip_ext.clip_grad_value_(params, 0.003, backend=name)
     for scale in (1e-6, 3.0, 500.0):  # the first is not clipped
-        for _ in range(20):  # other tables, and other uses of page-locked memory, come and go
+        for _ in range(20):  # calls that make other tables, and use page-locked memory
             gradclip_ext.clip_grad_norm_(as_of(others), 1.0, backend=name)
         twins = [parameter(torch.randn_like(p.grad) * scale) for p in params]
         for param, twin in zip(params, twins):
@@ -246,7 +246,7 @@ def test_memory_that_torch_fills(name: str) -> None:
 
 
 def test_a_stream_that_is_not_the_default_is_respected(name: str) -> None:
-    """The clip comes after what its stream still has to do, whatever the default stream is at."""
+    """Clipping runs after the earlier work of its stream, whatever the default stream does."""
     params = gpu_parameters()
     gradclip_ext.clip_grad_norm_(as_of(params), 1.0, backend=name)
     stream = torch.cuda.Stream()

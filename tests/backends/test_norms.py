@@ -1,4 +1,4 @@
-"""How norms of parts are joined: the same as the norm of all elements, over the whole range."""
+"""combine_norms: the norm of parts equals the norm of all elements, over the whole range."""
 
 from __future__ import annotations
 

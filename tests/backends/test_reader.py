@@ -144,7 +144,7 @@ def test_shared_memory_is_read_only_where_nothing_is_written() -> None:
 
 
 def test_lazy_negatives_are_told_apart() -> None:
-    """DLPack does not show the bit: a clamp has to ask, a norm or a product has not."""
+    """DLPack does not show the negative bit: a clamp has to check it, a norm or a product does not."""
     assert C.any_negative([torch.ones(2), dense_lazy_negative()])
     assert C.any_negative([lazy_negative()])
     assert not C.any_negative([torch.ones(2), torch.randn(3, dtype=torch.complex64).conj()])

@@ -114,7 +114,7 @@ def test_irregular_gradients_work_whichever_backend_is_named() -> None:
 
 
 def test_device_of_meta_tensors_needs_no_values() -> None:
-    """Nothing decides on a value there: shapes and dtypes come out, as from torch."""
+    """Tensors without values give results with the right shapes and dtypes, as from torch."""
     params = []
     for shape in ((3,), (2, 2), (0,)):
         params.append(torch.nn.Parameter(torch.empty(*shape, device="meta")))

@@ -1,4 +1,4 @@
-"""The triton backend: when it cannot be used. Looked at without Triton.
+"""The triton backend: when it cannot be used. Tested without Triton.
 
 What it launches: test_triton_calls.py. The kernels themselves: tests/kernels.
 """
@@ -97,8 +97,8 @@ def test_nothing_is_launched_before_everything_compiles(log: list, install: Inst
 
 
 def test_a_norm_is_not_launched_before_its_last_kernel_compiles(log: list, install: Install) -> None:
-    install(fails=lambda constants: "CHUNK" not in constants)  # finish_kernel alone
-    with pytest.raises(CompileError, match="finish_kernel"):
+    install(fails=lambda constants: "CHUNK" not in constants)  # finalize_kernel alone
+    with pytest.raises(CompileError, match="finalize_kernel"):
         gradclip_ext.clip_grad_norm_(parameters((3,)), 1.0, backend="triton")
     assert launches(log) == []
 
@@ -113,13 +113,15 @@ def test_the_automatic_choice_has_a_fallback_and_does_not_choose_the_interpreter
     automatic = backends._AUTOMATIC["triton"]
     assert isinstance(automatic, TritonBackend) and automatic._fallback is backends.FOREACH
     assert automatic is not backends.ALL["triton"]
-    assert "by name" in (TritonBackend(backends.FOREACH).why_unavailable(torch.device("cpu")) or "")
+    assert "if this backend is named" in (
+        TritonBackend(backends.FOREACH).why_unavailable(torch.device("cpu")) or ""
+    )
     names = list(backends.ALL)
     assert names == list(backends._AUTOMATIC) and names[-1] == "foreach"
 
 
 def imported(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
-    """Make importlib hand out these modules, or raise these errors."""
+    """Make importlib return these modules, or raise these errors."""
     genuine = importlib.import_module
 
     def import_module(name: str) -> Any:
@@ -132,7 +134,7 @@ def imported(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
 
 
 class JITFunction:
-    """Stands for Triton's class of compiled kernels."""
+    """Replaces Triton's class of compiled kernels."""
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -169,7 +171,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     assert reason("cuda:0", **there) is None, "the GPUs of one machine differ"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "after Triton had been imported" in (reason("cpu", **there) or "")
-    # An interpreter that a newer NumPy has broken shows at its first launch.
+    # An interpreter that does not work with a newer NumPy fails at its first launch.
     broken = {"triton": triton("3.6.0"), "kernels": SimpleNamespace(norm_kernel=object())}
     assert "cannot be used here: AttributeError" in (reason("cpu", **broken) or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

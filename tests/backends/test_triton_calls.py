@@ -1,4 +1,4 @@
-"""What the triton backend compiles, uploads and launches for a call. Looked at without Triton."""
+"""What the triton backend compiles, uploads and launches for a call. Tested without Triton."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def test_one_launch_per_dtype(log: list, install: Install) -> None:
     install()
     dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
     all_operations([torch.ones(3, dtype=d) for d in dtypes * 20])
-    names = ["norm_kernel"] * 4 + ["finish_kernel"] + ["scale_kernel"] * 4 + ["clamp_kernel"] * 4
+    names = ["norm_kernel"] * 4 + ["finalize_kernel"] + ["scale_kernel"] * 4 + ["clamp_kernel"] * 4
     assert launches(log) == names
 
 
 def test_clipping_by_norm_is_three_launches(log: list, install: Install) -> None:
-    """One kernel finishes norm and coefficient, and the scaling reads the coefficient where it is."""
+    """One kernel writes norm and coefficient, and scale_kernel reads the coefficient from the device."""
     install()
     params = parameters_of([torch.ones(3) for _ in range(100)])
     versions = [p.grad._version for p in params]
     total = clip_(params)
     assert total.dtype == torch.float32
-    assert launches(log) == ["norm_kernel", "finish_kernel", "scale_kernel"]
+    assert launches(log) == ["norm_kernel", "finalize_kernel", "scale_kernel"]
     assert all(p.grad._version > v for p, v in zip(params, versions))
     (_, _, finished), (_, _, scaled) = [entry for entry in log if entry[0] == "launch"][1:]
     assert finished[0] is total and finished[1] is scaled[0] and finished[1].dtype == total.dtype
@@ -92,7 +92,7 @@ def test_what_each_call_launches_and_counts_as_a_change(log: list, install: Inst
     install()
     grads = [torch.ones(3), torch.ones(5, dtype=torch.bfloat16)]
     params = parameters_of(grads)
-    norm_, scaled = ["norm_kernel"] * 2 + ["finish_kernel"], ["scale_kernel"] * 2
+    norm_, scaled = ["norm_kernel"] * 2 + ["finalize_kernel"], ["scale_kernel"] * 2
 
     def launched_by(call: Callable[[], Any], *, bumps: bool) -> list[str]:
         log.clear()
@@ -130,7 +130,7 @@ def test_what_kernels_do_not_take_goes_to_foreach(log: list, install: Install) -
         expected = {0.0: 2.0, -1.0: 0.2, -math.inf: 1.0}[p]
         assert norm([torch.ones(3), torch.ones(2)], p).item() == pytest.approx(expected)
     assert launches(log) == []
-    # Irregular tensors do not take the others along.
+    # Irregular tensors do not slow down the others.
     grads = [torch.ones(3), base[::2], torch.ones(4)]
     scale_(parameters_of(grads))
     assert launches(log) == ["scale_kernel"] and log[-1][2][2:4] == (0, 2)
@@ -164,7 +164,7 @@ def test_memory_that_two_gradients_share_is_scaled_once(log: list, install: Inst
     shared = torch.ones(6)
     params = parameters_of([shared, torch.ones(3), shared])
     clip_(params)
-    assert launches(log) == ["norm_kernel", "finish_kernel", "scale_kernel"]
+    assert launches(log) == ["norm_kernel", "finalize_kernel", "scale_kernel"]
     *_, (_, _, measured), _, (_, _, scaled) = [entry for entry in log if entry[0] == "launch"]
     assert measured[4] - measured[3] == 3 and scaled[3] - scaled[2] == 2, "tensors of the two tables"
 
@@ -173,7 +173,7 @@ def test_memory_that_two_gradients_share_is_scaled_once(log: list, install: Inst
 
 
 def test_a_binary_is_looked_for_once(log: list, install: Install) -> None:
-    """Triton takes longer to find one than to launch it."""
+    """Triton takes longer to look up a binary than to launch it."""
     install()
     for grads in ([torch.ones(3)], [torch.ones(100_000) for _ in range(7)], [torch.ones(1)]):
         all_operations(grads)
@@ -184,7 +184,7 @@ def test_a_binary_is_looked_for_once(log: list, install: Install) -> None:
         (1, lambda: scale_(params, torch.float64)),
         (2, lambda: norm(grads, 1.0)),
         (1, lambda: clamp_([half])),
-        (1, lambda: clip_(params)),  # a coefficient besides
+        (1, lambda: clip_(params)),  # with a coefficient
         (0, lambda: clip_(params, math.inf)),
     ):
         log.clear()
@@ -313,13 +313,13 @@ def test_each_stream_has_a_workspace(log: list, monkeypatch: pytest.MonkeyPatch)
 
 def test_two_threads_never_fill_a_workspace_at_the_same_time(log: list, install: Install) -> None:
     """A workspace is filled and its launches enqueued by one thread at a time."""
-    running = most = 0
+    running = max_running = 0
 
     class Kernel(FakeKernel):
         def launch(self, *args: Any) -> None:
-            nonlocal running, most
+            nonlocal running, max_running
             running += 1
-            most = max(most, running)
+            max_running = max(max_running, running)
             threading.Event().wait(0.001)
             running -= 1
             super().launch(*args)
@@ -331,7 +331,7 @@ def test_two_threads_never_fill_a_workspace_at_the_same_time(log: list, install:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1 and len(launches(log)) == 40
+    assert max_running == 1 and len(launches(log)) == 40
 
 
 def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,13 +341,13 @@ def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.Mo
         return plain(*args, **options)  # page-locked memory needs a GPU
 
     monkeypatch.setattr(torch, "empty", pageable)
-    monkeypatch.setattr(memory, "_SLAB_NUMEL", 100)
-    slab = memory._Slab()
-    taken = [slab.take(numel).fill_(numel) for numel in (30, 60, 20, 500, 90)]
+    monkeypatch.setattr(memory, "_BLOCK_NUMEL", 100)
+    pinned = memory._PinnedMemory()
+    taken = [pinned.take(numel).fill_(numel) for numel in (30, 60, 20, 500, 90)]
     assert all((t == n).all() and t.numel() == n for t, n in zip(taken, (30, 60, 20, 500, 90)))
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-    assert all(any(t is kept for kept in slab._taken) for t in taken)
+    assert all(any(t is kept for kept in pinned._taken) for t in taken)
 
 
 # ---------------------------------------------------------------- the choice

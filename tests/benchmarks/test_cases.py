@@ -38,18 +38,18 @@ def test_a_mixed_list_is_mixed() -> None:
         assert len(set(dtypes_of(case, "mixed"))) == 2 or reason == "a single tensor has a single dtype"
 
 
-def test_gradients_are_pristine_again_after_every_operation() -> None:
+def test_gradients_are_restored_after_every_operation() -> None:
     workload = Workload(SMALL, "float32", CPU, cache_bytes=1 << 20)
     parameters = workload.next()
     gradclip_ext.clip_grad_norm_(parameters, 0.5 * workload.norm)
     workload.restore(parameters)
-    assert all(torch.equal(p.grad, t) for p, t in zip(parameters, workload.pristine))
+    assert all(torch.equal(p.grad, t) for p, t in zip(parameters, workload.original))
     assert workload.next()[0] is not parameters[0]
-    exact = math.sqrt(sum(float(t.double().pow(2).sum()) for t in workload.pristine))
+    exact = math.sqrt(sum(float(t.double().pow(2).sum()) for t in workload.original))
     assert workload.norm == pytest.approx(exact, rel=1e-12)
 
 
-def test_the_bound_is_of_the_passes_that_nobody_can_do_without() -> None:
+def test_the_bound_counts_only_passes_that_cannot_be_avoided() -> None:
     bandwidths = Bandwidths(read_gbps=10.0, inplace_gbps=16.0)
     bounds = {o.label: o.bound_us(1_000_000, bandwidths) for o in OPERATIONS}
     assert bounds["clip_grad_norm_:unclipped"] == 100.0
@@ -68,7 +68,7 @@ def test_every_step_gets_new_gradients_and_updates_the_weights() -> None:
     again, _ = workload.train()
     assert all(p is q for p, q in zip(again, parameters))
     assert not any(p.grad is g for p, g in zip(parameters, first))
-    assert all(torch.equal(p.grad, t) for p, t in zip(parameters, workload.pristine))
+    assert all(torch.equal(p.grad, t) for p, t in zip(parameters, workload.original))
 
 
 def test_a_step_needs_more_memory() -> None:

@@ -1,4 +1,4 @@
-"""The gate: everything here passes it, and no planted fault does."""
+"""The gate: every implementation here passes it, and no deliberate fault does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from small_case import measured
 from torch import Tensor
 
 import gradclip_ext
-from benchmarks import report
+from benchmarks import terminal
 from benchmarks.cases import DTYPES, OPERATIONS
 from benchmarks.contenders import BASELINE, Implementation
 
@@ -89,6 +89,6 @@ def test_a_wrong_implementation_gets_no_speedup(fault: str, dtype: str) -> None:
     assert (record.impl, record.ok) == ("gradclip_ext[wrong]", False)
     assert record.p50_us is record.speedup_vs_torch is record.gbps is record.pct_of_bound is None
     assert all(r.ok and r.speedup_vs_torch for r in records[:-1])
-    *_, row, reason = report.rows(records)
+    *_, row, reason = terminal.rows(records)
     assert "x " not in row
     assert f"NOT OK: {record.problem}" in reason

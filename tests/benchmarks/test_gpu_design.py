@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_design without a GPU: it builds, explains itself, and asks what it should."""
+"""python -m benchmarks.gpu_design without a GPU: it builds, explains itself, and calls what it measures."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gradclip_ext
 from benchmarks import __main__ as program
-from benchmarks import contenders, measure, plot, report
+from benchmarks import contenders, measure, plot, terminal
 from benchmarks.cases import Case, Workload
 from benchmarks.contenders import BASELINE, Implementation, available
 from benchmarks.results import Record, Results
@@ -72,7 +72,7 @@ def test_results_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     chosen = ["--device", "cpu", "--cases", "2000x64", "--dtypes", "float32", "--repeats", "3"]
     assert program.main([*chosen, "--ops", "clip_grad_norm_", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    rows = (report.HEADER + printed.partition(report.HEADER)[2].partition("memory ")[0]).splitlines()
+    rows = (terminal.HEADER + printed.partition(terminal.HEADER)[2].partition("memory ")[0]).splitlines()
     assert max(map(len, rows)) <= 100
     assert "1.00x" in printed
     text = path.read_text()

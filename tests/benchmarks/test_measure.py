@@ -8,7 +8,7 @@ from small_case import CPU, SETTINGS, SMALL, measured
 from torch import Tensor
 
 import gradclip_ext
-from benchmarks import machine, measure, report
+from benchmarks import machine, measure, terminal
 from benchmarks.cases import OPERATIONS, Workload
 from benchmarks.contenders import BASELINE, Implementation, available
 from benchmarks.machine import Clock
@@ -44,7 +44,7 @@ def test_host_time_of_a_wrong_implementation_is_not_shown() -> None:
     right = available(CPU)[0]
     found = [h for times in measure.host_times([wrong, *right.values()], CPU, 1) for h in times]
     assert {h.impl for h in found} == set(right)
-    assert max(map(len, report.host_rows(found))) <= 100
+    assert max(map(len, terminal.host_rows(found))) <= 100
 
 
 def test_a_step_is_timed_together_with_the_clipping() -> None:
@@ -55,7 +55,7 @@ def test_a_step_is_timed_together_with_the_clipping() -> None:
 
 
 def test_on_a_gpu_the_host_time_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device clock has to know it; on a GPU that is only named, with clocks that are made up."""
+    """The device clock needs the host time. Tested with a fake GPU and fake clocks."""
     workload = Workload(SMALL, "float32", CPU, cache_bytes=1)
     workload.device = torch.device("cuda")
     known = []

@@ -1,4 +1,4 @@
-"""python -m benchmarks.train: it agrees, it notices what does not, and it says what it cannot do."""
+"""python -m benchmarks.train: runs that agree, runs that do not, and arguments that it refuses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-// What the emulated CUDA runtime keeps: streams, events, graphs and memory.
+// The state of the emulated CUDA runtime: streams, events, graphs and memory.
 //
-// A stream runs nothing before somebody waits for it, so that whoever reads a result too early
-// reads what was there before. Everything below is used under `everything`, the one lock there is.
+// A stream runs its work only when a caller waits for it, so that code that reads a result too
+// early reads the old values. One lock, `everything`, protects all of this state.
 
 #pragma once
 
@@ -27,7 +27,7 @@ namespace emulator {
 constexpr int kDevices = 2;
 constexpr size_t kDeviceBytes = size_t{4} << 30;
 
-// None of what is kept is ever destroyed: torch calls the runtime while the process ends, too.
+// No global is ever destroyed: torch still calls the runtime while the process ends.
 inline auto& everything = *new std::recursive_mutex;
 
 // ---------------------------------------------------------------- errors
@@ -36,7 +36,7 @@ inline thread_local cudaError_t last_error = cudaSuccess;
 
 inline cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-/// For what no program may do, or none has been seen to do.
+/// Ends the process: for calls that are errors, or that the emulator does not support.
 [[noreturn]] inline void stop(const std::string& why) {
   std::fprintf(stderr, "emulated CUDA runtime: %s\n", why.c_str());
   std::abort();
@@ -56,12 +56,12 @@ struct Stream {
   uint64_t enqueued = 0, done = 0;
   Graph* capture = nullptr;
   uint64_t capture_id = 0;
-  bool invalidated = false;  // a call came that no capture allows
+  bool invalidated = false;  // a call was made that a capture does not allow
 };
 
 using Clock = std::chrono::steady_clock;
 
-/// A point of a stream; of none before it is recorded.
+/// A point in a stream's queue; `stream` is null before the event is recorded.
 struct Event {
   Stream* stream = nullptr;
   uint64_t after = 0;
@@ -70,8 +70,8 @@ struct Event {
 };
 
 inline auto& streams = *new std::vector<Stream*>;
-/// The driver's current context, by its device, -1 for none; and the device that torch's runtime
-/// has chosen, which counts where there is none.
+/// The device of the driver's current context, -1 without one; and the device that torch's runtime
+/// has chosen, which is the current device if there is no context.
 inline thread_local int context = -1, chosen_device = 0;
 inline thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGlobal;
 
@@ -115,8 +115,8 @@ inline cudaError_t enqueue(Stream* stream, Task task) {
   return cudaSuccess;
 }
 
-/// Fails a call that a capture does not allow, and the capture with it, unless the calling thread
-/// is in relaxed mode. Stricter than CUDA: any capture counts, whichever thread began it.
+/// Fails a call that is not allowed during a capture, and invalidates the capture, unless the
+/// calling thread is in relaxed mode. Stricter than CUDA: captures of all threads count.
 inline cudaError_t unsafe_in_capture() {
   if (thread_capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   cudaError_t error = cudaSuccess;
@@ -149,7 +149,7 @@ inline const Memory* memory_at(const void* address, size_t bytes = 1) {
   return begin + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
 }
 
-constexpr size_t kGuardBytes = 64;  // behind every allocation, to be as they were when it is freed
+constexpr size_t kGuardBytes = 64;  // after every allocation; checked when it is freed
 constexpr int kNan = 0xff;          // bytes of a NaN in every type
 
 inline cudaError_t allocate(void** address, size_t bytes, int device) {
@@ -161,7 +161,7 @@ inline cudaError_t allocate(void** address, size_t bytes, int device) {
   return cudaSuccess;
 }
 
-/// As cudaFree, which waits for all that is under way.
+/// Frees memory. Runs all enqueued work first, as cudaFree does.
 inline cudaError_t release(void* address) {
   if (address == nullptr) return cudaSuccess;
   for (int device = 0; device < kDevices; ++device) run_device(device);
@@ -170,7 +170,7 @@ inline cudaError_t release(void* address) {
   const auto [bytes, device] = found->second;
   const auto* guard = static_cast<const unsigned char*>(address) + bytes;
   if (!std::all_of(guard, guard + kGuardBytes, [](unsigned char byte) { return byte == kNan; })) {
-    stop("written behind the end of an allocation");
+    stop("a kernel wrote past the end of an allocation");
   }
   if (device != kHost) allocated[device] -= bytes;
   std::memset(address, kNan, bytes);
@@ -179,7 +179,8 @@ inline cudaError_t release(void* address) {
   return cudaSuccess;
 }
 
-/// Pageable memory is read at once and written before the call returns; the rest is for the stream.
+/// Copies memory. Pageable memory is read at once, or written before the call returns; everything
+/// else happens in stream order.
 inline cudaError_t copy(void* to, const void* from, size_t bytes, Stream* stream) {
   const bool from_pageable = memory_at(from) == nullptr, to_pageable = memory_at(to) == nullptr;
   if (stream->capture != nullptr && (from_pageable || to_pageable)) {

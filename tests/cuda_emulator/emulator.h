@@ -1,9 +1,9 @@
-// Runs CUDA kernels on the CPU, one block at a time: a test of their logic (index arithmetic,
-// tails, reductions, barriers) for machines without a GPU. Timing means nothing here.
+// Runs CUDA kernels on the CPU, one block at a time, to test their logic (index arithmetic, tails,
+// reductions, barriers) on machines without a GPU. It says nothing about speed.
 //
-// Every thread of a block is a fiber, and a barrier switches fibers until its whole group has
-// arrived. A barrier that some thread never reaches ends as a reported deadlock. `__shared__`
-// becomes `static`, which is right because blocks run one after the other.
+// Every thread of a block is a fiber, and a barrier switches fibers until all threads of its group
+// have arrived. If a thread never reaches a barrier, a deadlock is reported. `__shared__` becomes
+// `static`, which is correct because blocks run one after the other.
 
 #pragma once
 
@@ -51,8 +51,7 @@ struct Barrier {
 struct Fiber {
   ucontext_t start;
   jmp_buf resume;
-  std::vector<char>
-      stack;  // empty until the fiber has started; it then serves one block after another
+  std::vector<char> stack;  // empty until the fiber has started; reused for the next blocks
   bool done = false;
 };
 
@@ -69,8 +68,8 @@ inline Block block;
 inline int current = 0;
 inline Index grid, block_index;
 
-/// Leaves the current fiber; returns when it is its turn again. By _setjmp, because swapcontext
-/// calls the kernel for every switch.
+/// Leaves the current fiber; returns when the fiber is resumed. Uses _setjmp, because swapcontext
+/// makes a system call for every switch.
 inline void yield() {
   if (_setjmp(block.fibers[current].resume) == 0) _longjmp(block.scheduler, 1);
 }
@@ -124,8 +123,8 @@ inline int run_warp(int warp) {
   return waiting;
 }
 
-/// Runs one block of kBlock threads to its end. Each warp goes as far ahead of the others as it
-/// can, a different one first every time, so that a barrier which is missing is missed.
+/// Runs one block of kBlock threads to its end. Each warp runs as far ahead of the others as it
+/// can, a different one first every time, so that a missing barrier leads to a wrong result.
 inline void run_block() {
   static int first = 0;
   block.all = {kBlock};
@@ -168,7 +167,7 @@ T exchange(T value, int lane) {
 
 }  // namespace emulator
 
-// ---------------------------------------------------------------- what the kernels call
+// ---------------------------------------------------------------- the functions that kernels call
 
 #define threadIdx (emulator::Index{static_cast<unsigned>(emulator::current), 0, 0})
 #define blockIdx emulator::block_index
@@ -189,9 +188,9 @@ inline bool __any_sync(unsigned, bool flag) {
   return any;
 }
 
-inline unsigned atomicInc(unsigned* address, unsigned most) {
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
   const unsigned before = *address;
-  *address = before >= most ? 0 : before + 1;
+  *address = before >= limit ? 0 : before + 1;
   return before;
 }
 

@@ -1,4 +1,4 @@
-// How the emulated CUDA runtime runs the package's kernels: by the names that nvcc gives them.
+// Finds the package's kernels by the names that nvcc gives them, and enqueues their emulation.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 #include "device.h"
 // clang-format off
-#include "emulator.h"  // after the C++ library, which means something else by some of its names
+#include "emulator.h"  // after the C++ library, which uses some of its macros' names
 // clang-format on
 
 #include "cuda/clamp.cuh"
@@ -18,16 +18,16 @@
 #include "cuda/norm_float64.cuh"
 #include "cuda/scale.cuh"
 
-#undef gridDim  // a field of cudaLaunchConfig_t, too
+#undef gridDim  // also a field of cudaLaunchConfig_t
 
 namespace emulator {
 
-/// Copies a launch's arguments, and returns what it is to do.
+/// Copies the arguments of a launch, and returns the task that runs it.
 using Launch = Task (*)(void** arguments, unsigned blocks, int device);
 
 struct Kernel {
   std::string name;
-  Launch launch;  // null for kernels that are not the package's
+  Launch launch;  // null for other kernels than the package's
 };
 
 inline auto& kernels = *new std::map<const void*, Kernel>;
@@ -40,7 +40,9 @@ void check(const gradclip::LaunchTable<kCapacity>& table, int device) {
   for (int t = 0; t < table.tensors; ++t) {
     const size_t bytes = table.numel(t) * gradclip::item_size(table.dtype(t));
     const Memory* memory = memory_at(table.data[t], bytes);
-    if (memory == nullptr || memory->device != device) stop("a gradient outside its device");
+    if (memory == nullptr || memory->device != device) {
+      stop("a gradient is not in memory of the kernel's device");
+    }
   }
 }
 
@@ -59,16 +61,16 @@ struct Emulated<kKernel> {
     const auto copies = std::make_shared<std::tuple<std::remove_cv_t<Parameters>...>>(
         *static_cast<std::remove_cv_t<Parameters>*>(arguments[kIndex])...);
     return [=] {
-      static std::minstd_rand dice;  // any block may be the last
+      static std::minstd_rand random;  // on a GPU, any block may be the last
       (check(std::get<kIndex>(*copies), device), ...);
-      emulator::launch(blocks, dice() % blocks, [&] { kKernel(std::get<kIndex>(*copies)...); });
+      emulator::launch(blocks, random() % blocks, [&] { kKernel(std::get<kIndex>(*copies)...); });
     };
   }
 };
 
-/// Enters a kernel under its mangled name, which is what nvcc registers it by.
+/// Adds a kernel under its mangled name, with which nvcc's code registers it.
 template <auto kKernel>
-void enter(std::map<std::string, Launch>& ours) {
+void add_kernel(std::map<std::string, Launch>& ours) {
   Dl_info info;
   if (dladdr(reinterpret_cast<void*>(kKernel), &info) == 0 || info.dli_sname == nullptr) {
     stop("a kernel of the emulator is not exported");
@@ -77,23 +79,23 @@ void enter(std::map<std::string, Launch>& ours) {
 }
 
 template <int kCapacity>
-void enter_all(std::map<std::string, Launch>& ours) {
+void add_kernels(std::map<std::string, Launch>& ours) {
   using namespace gradclip::cuda;
   using Table = gradclip::LaunchTable<kCapacity>;
-  enter<&norm_kernel<L1, Table>>(ours);
-  enter<&norm_kernel<L2, Table>>(ours);
-  enter<&norm_kernel<LInf, Table>>(ours);
-  enter<&norm_float64_kernel<Table>>(ours);
-  enter<&scale_kernel<Table>>(ours);
-  enter<&clamp_kernel<Table>>(ours);
+  add_kernel<&norm_kernel<L1, Table>>(ours);
+  add_kernel<&norm_kernel<L2, Table>>(ours);
+  add_kernel<&norm_kernel<LInf, Table>>(ours);
+  add_kernel<&norm_float64_kernel<Table>>(ours);
+  add_kernel<&scale_kernel<Table>>(ours);
+  add_kernel<&clamp_kernel<Table>>(ours);
 }
 
 inline Launch launch_of(const std::string& name) {
   static const auto ours = [] {
-    std::map<std::string, Launch> entered;
-    enter_all<gradclip::kSmallLaunchTensors>(entered);
-    enter_all<gradclip::kLargeLaunchTensors>(entered);
-    return entered;
+    std::map<std::string, Launch> added;
+    add_kernels<gradclip::kSmallLaunchTensors>(added);
+    add_kernels<gradclip::kLargeLaunchTensors>(added);
+    return added;
   }();
   const auto found = ours.find(name);
   return found == ours.end() ? nullptr : found->second;
@@ -105,7 +107,7 @@ inline cudaError_t launch(const void* function, dim3 grid, dim3 threads, void** 
   if (found == kernels.end()) return fail(cudaErrorInvalidDeviceFunction);
   const auto& [name, launch] = found->second;
   if (name.find("spin_kernel") != std::string::npos) return cudaSuccess;  // torch.cuda._sleep
-  if (launch == nullptr) stop("no emulation of " + name);
+  if (launch == nullptr) stop("there is no emulation of " + name);
   Stream* stream = stream_of(handle);
   if (stream->device != current_device()) return fail(cudaErrorInvalidResourceHandle);
   if (threads.x != kBlock || grid.x == 0) return fail(cudaErrorInvalidConfiguration);

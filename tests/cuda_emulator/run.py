@@ -1,6 +1,6 @@
 """Runs pytest with an emulated GPU: ``python tests/cuda_emulator/run.py ARGUMENTS`` builds what it needs.
 
-README.md says what that is good for. Needs a torch with CUDA, a build of the package for CUDA that links the
+README.md says what it tests. Needs a torch with CUDA, a build of the package for CUDA that links the
 runtime dynamically, and the headers of their toolkit; no GPU.
 """
 
@@ -15,13 +15,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "cuda_emulator"
 SUPPORT = HERE.parent / "support"
-sys.path[:0] = [str(SUPPORT), os.getcwd()]  # the working directory: as `python -m pytest` has it
+sys.path[:0] = [str(SUPPORT), os.getcwd()]  # the working directory, as with `python -m pytest`
 
 from toolkit import find_toolkit  # noqa: E402
 
 
 def check_build() -> None:
-    """Exit unless the package's calls of the runtime can be answered by another library."""
+    """Exit unless the package links the CUDA runtime dynamically, so that another library can replace it."""
     spec = importlib.util.find_spec("gradclip_ext._C")
     if spec is None or spec.origin is None:
         sys.exit("the CUDA emulator needs the compiled module: gradclip_ext._C is missing")
@@ -34,13 +34,13 @@ def check_build() -> None:
 
 
 def build() -> Path:
-    """Compile the runtime under the driver's name, by which torch asks for it."""
+    """Compile the emulated runtime under the file name of the driver, which torch loads."""
     toolkit = find_toolkit()
     if toolkit is None or torch.version.cuda is None:
         sys.exit(f"the CUDA emulator needs a toolkit (found {toolkit}) and a torch with CUDA")
     BUILT.mkdir(parents=True, exist_ok=True)
     library, versions = BUILT / "libcuda.so.1", BUILT / "versions"
-    # Symbols of the same version come before those of the real runtime, which stays for the rest.
+    # Symbols with this version replace those of the real runtime, which provides all others.
     versions.write_text(f"libcudart.so.{torch.version.cuda.split('.')[0]} {{ global: cuda*; __cuda*; }};\n")
     flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     includes = ["-I", HERE.parents[1] / "csrc", "-I", toolkit / "include"]

@@ -1,7 +1,7 @@
-// A stand-in for the CUDA runtime and driver on machines without a GPU. Preloaded, it lets a torch
-// that was built for CUDA run the package's own host code as it is: streams, events, graph capture,
-// device guards, allocation. Device memory is host memory, and the package's kernels run in the
-// emulator; a kernel of anybody else ends the process with its name (see sitecustomize.py).
+// A CUDA runtime and driver for machines without a GPU. If it is preloaded, a torch that was built
+// for CUDA runs the package's host code unchanged: streams, events, graph capture, device guards,
+// allocation. Device memory is host memory, and the package's kernels run in the emulator. The
+// launch of any other kernel ends the process with its name (see sitecustomize.py).
 
 #include "launches.h"
 
@@ -19,9 +19,9 @@ struct Variable {
 
 auto& variables = *new std::map<const void*, Variable>;
 
-std::map<std::string, std::pair<int, cudaError_t>> failures;  // how often functions are to fail yet
+std::map<std::string, std::pair<int, cudaError_t>> failures;  // how many more calls have to fail
 
-/// The error that a test wants of this call; see cudaEmulatorFail().
+/// The error with which this call has to fail; see cudaEmulatorFail().
 cudaError_t wanted_failure(const char* function) {
   const auto found = failures.find(function);
   if (found == failures.end() || found->second.first == 0) return cudaSuccess;
@@ -86,7 +86,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   LOCKED;
   if (const auto error = wanted_failure(__func__)) return error;
-  if (const auto error = unsafe_in_capture()) return error;  // code may have to be loaded
+  if (const auto error = unsafe_in_capture()) return error;  // it may load code
   if (kernels.count(function) == 0) return fail(cudaErrorInvalidDeviceFunction);
   *attributes = {};
   attributes->ptxVersion = attributes->binaryVersion = 90;
@@ -96,7 +96,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   LOCKED;
   if (const auto error = wanted_failure(__func__)) return error;
-  if (const auto error = unsafe_in_capture()) return error;  // likewise
+  if (const auto error = unsafe_in_capture()) return error;  // it may load code
   *address = variables.at(symbol).address[current_device()];
   return cudaSuccess;
 }
@@ -124,7 +124,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
   return cudaSuccess;
 }
 
-// What is asked of the driver itself. A context is the address of its device's entry here.
+// The functions of the driver that torch calls. A context is the address of a device's entry in
+// `contexts`.
 int cuCtxGetCurrent(void** current) {
   *current = context < 0 ? nullptr : &contexts[context];
   return 0;
@@ -154,7 +155,7 @@ cudaError_t cudaSetDevice(int device) {
   if (const auto error = wanted_failure(__func__)) return error;
   if (device < 0 || device >= kDevices) return fail(cudaErrorInvalidDevice);
   context = device;
-  // The package has a runtime of its own, whose choice is nothing to torch's.
+  // The package has a runtime of its own, which does not change the device of torch's runtime.
   Dl_info caller;
   const bool found = dladdr(__builtin_return_address(0), &caller) != 0;
   if (!found || std::strstr(caller.dli_fname, "gradclip_ext/_C") == nullptr) chosen_device = device;
@@ -197,9 +198,9 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 cudaError_t cudaMalloc(void** address, size_t bytes) {
   LOCKED;
   if (const auto error = unsafe_in_capture()) return error;
-  size_t& own = allocated[current_device()];
-  if (own + bytes > kDeviceBytes) return fail(cudaErrorMemoryAllocation);
-  own += bytes;
+  size_t& used = allocated[current_device()];
+  if (used + bytes > kDeviceBytes) return fail(cudaErrorMemoryAllocation);
+  used += bytes;
   return allocate(address, bytes, current_device());
 }
 cudaError_t cudaFree(void* address) {
@@ -270,7 +271,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   LOCKED;
   const Event event = *reinterpret_cast<Event*>(event_handle);
   if (event.stream == nullptr || event.stream == stream_of(handle)) return cudaSuccess;
-  if (event.captured) stop("no emulation of captures that spread over streams");
+  if (event.captured) stop("there is no emulation of captures of several streams");
   return enqueue(stream_of(handle), [=] { run_until(event.stream, event.after); });
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {

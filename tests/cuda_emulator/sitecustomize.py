@@ -1,8 +1,8 @@
 """Lets torch's own operations run on the emulated GPU. Python imports this file if PYTHONPATH has its folder.
 
-runtime.cpp has the package's kernels and none of torch's. What torch would compute with those is computed on
-the CPU, over the same memory and in the order of the streams: every operation that torch implements for CUDA
-is replaced, but for those that launch nothing.
+runtime.cpp emulates the package's kernels but none of torch's. So every operation that torch implements for
+CUDA, except those that launch nothing, is replaced by one that computes on the CPU, in the same memory and in
+stream order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAUNCH_NOTHING = {
 }  # fmt: skip
 WAIT = {"equal", "is_nonzero", "masked_select", "nonzero"}
 
-kept: list[Any] = []  # for as long as the process lives: what graphs call
+kept: list[Any] = []  # never freed: graphs call these functions
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Call:
         return self.func(*self.args, **self.kwargs)
 
     def result(self, value: Any) -> Any:
-        """Return what the caller gets for a result on the CPU."""
+        """Return the result on the emulated GPU for a result on the CPU."""
         if not isinstance(value, Tensor) or (self.target is not None and self.target.type == "cpu"):
             return value
         for original, twin in self.twins:
@@ -76,13 +76,13 @@ class Call:
                 return original
         moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
         if not self.captured:
-            run_stream(moved.device)  # whose memory it was may still be at work, by another thread's call
+            run_stream(moved.device)  # another thread's work may still use the memory
         on_cpu(moved).copy_(value)
         return moved
 
 
 class OnCpu:
-    """Stands in for one of torch's operations on CUDA."""
+    """Replaces one of torch's operations on CUDA."""
 
     def __init__(self, func: Any) -> None:
         self.func = func
@@ -102,7 +102,7 @@ class OnCpu:
                 original.resize_(twin.shape)
                 on_cpu(original).copy_(twin)
         if self.name.startswith("_foreach_") and self.name.endswith("_"):
-            torch.autograd.graph.increment_version(args[0])  # as torch's foreach kernels do, and nobody else
+            torch.autograd.graph.increment_version(args[0])  # as torch's foreach kernels do
         return tree_map(call.result, results)
 
     def _waits(self, call: Call, args: Any) -> bool:
@@ -114,7 +114,7 @@ class OnCpu:
         return self.name in WAIT
 
     def _captured(self, call: Call) -> Any:
-        """Leave it to the graph; what is computed now tells the shapes of its results alone."""
+        """Add the call to the graph. Computing it now serves only to know the shapes of its results."""
         before = [(twin, twin.clone()) for _, twin in call.twins]
         results = tree_map(call.result, call.run())
         for twin, values in before:
@@ -132,13 +132,13 @@ class OnCpu:
 
 
 def run_stream(device: torch.device) -> None:
-    """Let the device's current stream do what it has been given."""
+    """Run all work of the device's current stream."""
     with torch.cuda.device(device):
         assert RUNTIME.cudaStreamSynchronize(_current_stream()) == 0
 
 
 def enqueue(function: Callable[[], object]) -> None:
-    """Let the current stream call a function when it comes to it."""
+    """Enqueue the call of a function on the current stream."""
     kept.append(HOST_FUNCTION(lambda _: function()))
     assert RUNTIME.cudaLaunchHostFunc(_current_stream(), kept[-1], None) == 0
 
@@ -156,7 +156,7 @@ def _replace_operations() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL", "CUDA")
     names = {*torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"), "aten::copy_"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that operations are overridden
+        warnings.simplefilter("ignore")  # about overridden operations
         for name in sorted(names):
             namespace, _, rest = name.partition("::")
             packet, _, overload = rest.partition(".")

@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python tests/cuda_emulator/run.py \\
         -p triton_interpreted -p triton_emulated -m "gpu and triton"
 
-What Triton compiles, and how that is launched, is not tested here but in test_triton_compiled.py.
+test_triton_compiled.py, not this plugin, tests what Triton compiles and how that is launched.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from gradclip_ext.backends.triton import TritonBackend
 from gradclip_ext.backends.triton.launch import Launch, Launcher
 
-NOT_HERE = {
-    "threads": "a thread that interprets waits for Python's lock, and holds the emulator's",
+SKIPPED = {
+    "threads": "deadlock: a thread that interprets holds the emulator's lock and waits for Python's",
     "test_same_bits_as_torch[triton-cuda-bfloat16]": "the interpreter truncates float32 to bfloat16",
     "agrees_with_the_other": "the interpreter truncates float32 to bfloat16",
     "holds[triton-1630]": "minutes",
@@ -36,13 +36,15 @@ def _why_unfit_for_the_emulator(self: TritonBackend, device: torch.device) -> st
     return None if reason is not None and "cannot read GPU memory" in reason else reason
 
 
-def _enqueue_interpretation(self: Launcher, launch: Launch, given: tuple[Any, ...]) -> Callable[..., None]:
+def _enqueue_interpretation(self: Launcher, launch: Launch, changing: tuple[Any, ...]) -> Callable[..., None]:
     if not any(isinstance(a, Tensor) and a.is_cuda for a in launch.arguments):
-        return _start_of(self, launch, given)
+        return _start_of(self, launch, changing)
 
-    def start(*given: Any) -> None:
+    def start(*changing: Any) -> None:
         named = {**launch.constants, **launch.options}
-        arguments = [emulated.on_cpu(a) if isinstance(a, Tensor) else a for a in (*given, *launch.arguments)]
+        arguments = [
+            emulated.on_cpu(a) if isinstance(a, Tensor) else a for a in (*changing, *launch.arguments)
+        ]
         emulated.enqueue(lambda: launch.kernel[(launch.programs,)](*arguments, **named))
 
     return start
@@ -54,6 +56,6 @@ Launcher._start_of = _enqueue_interpretation  # type: ignore[method-assign]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for part, reason in NOT_HERE.items():
+        for part, reason in SKIPPED.items():
             if part in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))

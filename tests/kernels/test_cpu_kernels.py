@@ -1,4 +1,4 @@
-"""Every CPU kernel of every instruction set, each by itself on memory placed on purpose."""
+"""Every CPU kernel of every instruction set, called directly on memory with chosen alignment."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @over_instruction_sets
 @over_dtypes
 def test_scale_rounds_once(isa: str, dtype: torch.dtype) -> None:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for coef in (0.0, 1e-30, 0.3, 0.7548828125, 1 - 2**-24, math.nan):
         values = all_values(dtype)
         found = values.clone()
         run(isa, "scale", found, coef)
-        assert_same(found, (values.to(wide) * torch.tensor(coef, dtype=wide)).to(dtype))
+        assert_same(found, (values.to(compute_dtype) * torch.tensor(coef, dtype=compute_dtype)).to(dtype))
 
 
 @over_instruction_sets

@@ -1,6 +1,6 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, and loads in flight. Needs no GPU.
+"""The machine code of the CUDA kernels: registers, spills, and loads in flight. Needs no GPU.
 
-A performance property that nobody looks at is lost with the next compiler: `#pragma unroll 8`
+A performance property that is not tested may be lost with the next compiler: `#pragma unroll 8`
 over 16-byte loads alone leaves 4 in flight.
 """
 
@@ -78,7 +78,7 @@ def test_registers_and_spills(compiled, arch):
 
 
 def test_what_old_toolkits_get_takes_small_parameters(compiled):
-    """Before CUDA 12.1 a launch carries 4 KiB; the one tier there is fits."""
+    """Before CUDA 12.1 a launch has at most 4 KiB of parameters; only the small table exists, and it fits."""
     _, report = compiled("80", "-DGRADCLIP_EXT_SMALL_LAUNCHES")
     assert len(list(resources(report))) == KERNELS_PER_TABLE, report
     constants = [int(n) for n in re.findall(r"(\d+) bytes cmem\[0\]", report)]

@@ -1,4 +1,4 @@
-"""That the emulated GPU notices what it is there to notice, and what only it can show: calls that fail."""
+"""The emulated GPU detects the errors it is made for, and what only it can test: CUDA calls that fail."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ del tensor
 
 
 def test_a_write_behind_an_allocation_ends_the_process() -> None:
-    with pytest.raises(AssertionError, match="behind the end of an allocation"):
+    with pytest.raises(AssertionError, match="past the end of an allocation"):
         run_python("-c", WRITES_TOO_FAR, timeout=100, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
@@ -66,7 +66,7 @@ with torch.cuda.graph(torch.cuda.CUDAGraph()):
 
 @pytest.mark.parametrize("call", ["torch.cuda.synchronize()", "torch.ones(2, device='cuda').cpu()"])
 def test_a_capture_refuses_to_wait(call: str) -> None:
-    """In a process of its own: torch's allocator does not get over a capture that failed."""
+    """In a process of its own: torch's allocator does not work any more after a capture that failed."""
     with pytest.raises(AssertionError, match=r"called a synchronizing CUDA operation|emulated CUDA error 90"):
         run_python("-c", WAITS_IN_A_CAPTURE.format(call), timeout=100)
 
@@ -118,7 +118,7 @@ def test_a_binary_without_code_for_a_gpu_is_asked_once() -> None:
 
 
 def external_stream() -> torch.cuda.ExternalStream:
-    """Return a stream that torch knows nothing of."""
+    """Return a stream that torch has not created."""
     stream = ctypes.c_void_p()
     runtime = importlib.import_module("sitecustomize").RUNTIME
     assert runtime.cudaStreamCreateWithPriority(ctypes.byref(stream), 0, 0) == 0
@@ -140,7 +140,7 @@ def test_after_a_failure_the_next_norm_of_a_stream_is_right(
     torch.cuda.synchronize()
     with torch.cuda.stream(external_stream()):
         runtime.cudaEmulatorFail(function.encode(), 1, 2)
-        if function == "cudaMemsetAsync" and is_pool_stream:  # a counter of one's own is never cleared
+        if function == "cudaMemsetAsync" and is_pool_stream:  # the counter of a pool stream is never cleared
             gradclip_ext.get_total_norm([param.grad], backend="cuda")
         else:
             with pytest.raises(RuntimeError, match="CUDA error"):
@@ -154,7 +154,7 @@ def test_after_a_failure_the_next_norm_of_a_stream_is_right(
 
 
 def test_more_streams_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that come too late clear a counter at every norm."""
+    """The streams that get no counter clear one before every norm."""
     monkeypatch.setattr(compiled, "_is_pool_stream", lambda stream: True)
     grads = [torch.full((100_000,), 2.0, device="cuda")]
     torch.cuda.synchronize()

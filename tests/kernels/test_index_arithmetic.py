@@ -21,9 +21,9 @@ def test_a_million_random_lists(check: str) -> None:
 
 def naive_chunks(numels: list[int], sizes: list[int], chunk_bytes: int) -> Iterator[tuple[int, int, int]]:
     for tensor, (numel, size) in enumerate(zip(numels, sizes)):
-        most = chunk_bytes // size
-        for offset in range(0, numel, most):
-            yield tensor, offset, min(most, numel - offset)
+        chunk_numel = chunk_bytes // size
+        for offset in range(0, numel, chunk_numel):
+            yield tensor, offset, min(chunk_numel, numel - offset)
 
 
 def test_chunks() -> None:

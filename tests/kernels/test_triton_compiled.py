@@ -1,6 +1,6 @@
-"""What Triton makes of the kernels for GPUs that need not be there, in a process of its own.
+"""The machine code that Triton compiles, for GPUs that this machine need not have, in a process of its own.
 
-Without its hint of alignment a tile is loaded two bytes at a time, and no test of values notices.
+Without the hint of alignment, for example, a tile is loaded two bytes at a time, and values stay right.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def compiled_for(target: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: torch.dtype) -> None:
-    """For every wide access there is one narrow way beside it, for what is left over or not aligned."""
-    wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
+    """Besides the 16-byte accesses there are those for remaining and for unaligned elements, and no more."""
+    vector_type = "v2.b64" if dtype == torch.float64 else "v4.b32"
     narrow, vec = f"b{8 * dtype.itemsize}", 16 // dtype.itemsize
-    # Vectors a lane: 8 to sum; 8 for the largest and 1 to sum again, should a chunk leave the range.
+    # Vectors per lane: 8 to sum; if the sum is out of range, 8 for the largest magnitude and 1 to sum again.
     for name, loads, stores in (
         (f"norm_kernel {dtype} p=2.0", 17, 0),
         (f"norm_kernel {dtype} p=3.0", 9, 0),
@@ -49,8 +49,8 @@ def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: to
         (f"clamp_kernel {dtype} p=2.0", 4, 4),
     ):
         accesses = compiled["kernels"][name]["accesses"]
-        assert accesses.get(f"ld.global.{wide}", 0) == loads, (name, accesses)
-        assert accesses.get(f"st.global.{wide}", 0) == stores, (name, accesses)
+        assert accesses.get(f"ld.global.{vector_type}", 0) == loads, (name, accesses)
+        assert accesses.get(f"st.global.{vector_type}", 0) == stores, (name, accesses)
         # A table has 64-bit entries, the coefficient is a float32, partials are float64.
         others = {"b64": 7} | ({"b32": 1} if "scale" in name else {})
         expected = loads * vec if "norm" in name else vec
@@ -61,13 +61,13 @@ def test_whole_tiles_move_16_bytes_at_a_time(compiled: dict[str, Any], dtype: to
 
 
 def test_whole_tiles_move_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All that is known of ROCm: the kernels compile for gfx942, and how they get at memory there."""
+    """ROCm: the kernels compile for gfx942, and access memory in the expected way."""
     report = compiled_for("hip", tmp_path_factory)
     if "missing" in report:
         pytest.skip(report["missing"])
     for name, found in report["kernels"].items():
         accesses = found["accesses"]
-        if not name.startswith("finish_kernel"):
+        if not name.startswith("finalize_kernel"):
             loads = 8 if "norm" in name else 4
             assert accesses.get("global_load_dwordx4", 0) >= loads, (name, accesses)
         if name.startswith(("scale_kernel", "clamp_kernel")):
@@ -80,7 +80,7 @@ def test_no_element_is_converted_to_float64(compiled: dict[str, Any]) -> None:
         if "p=2.0" not in name or "float64" in name:
             continue
         vec = 4 if "float32" in name else 8
-        # A column of 8 vectors is one conversion an element of the vector; as many when a chunk is
+        # A column of 8 vectors takes one conversion per element of a vector; as many when a chunk is
         # summed again, a row at a time, and one for its largest element.
         allowed = 2 * vec + 1 if "norm" in name else 0
         assert found["to_float64"] <= allowed, (name, found)
@@ -110,10 +110,10 @@ def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str
 def test_launches_are_triton_s_own_and_take_a_fraction_of_the_time(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """A launcher reads as many arguments as its kernel has, whatever it is given."""
+    """A launcher reads as many arguments as its kernel has, however many are passed."""
     folder = tmp_path_factory.mktemp("triton_cache")
     found = json.loads(run_with_triton(TESTS / "support" / "triton_launched.py", folder, timeout=300))
-    names = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+    names = ("norm_kernel", "finalize_kernel", "scale_kernel", "clamp_kernel")
     assert found["same"] == dict.fromkeys(names, True)
     # Reading the list, the norm's rule and three launches: Triton's own way takes 60 us for the launches.
     if found["compiled_module"]:

@@ -17,7 +17,7 @@ from toolkit import ROOT, TESTS
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
 )
 def test_suite_in_the_interpreter() -> None:
-    """All that the suite asks of a backend, and what only these kernels can get wrong."""
+    """The tests that every backend must pass, and those of these kernels alone."""
     why_not = (
         "import torch; from gradclip_ext import backends; "
         "print(backends.ALL['triton'].why_unavailable(torch.device('cpu')) or '')"

@@ -77,8 +77,8 @@ def assert_norm(tensors: list[Tensor], p: float) -> Tensor:
     exact = reference.total_norm(tensors, p)
     # p = 1 and 2 of what is not float64 are added in float32: 2.7e-7 at worst, see _sum. All else is
     # float64: a few roundings of power, sum and root, of which the root magnifies those before it.
-    wide = p not in (1.0, 2.0) or all(t.dtype == torch.float64 for t in tensors)
-    budget = 8 * max(1.0, 1.0 / p) * torch.finfo(torch.float64).eps if wide else 2.7e-7
+    in_float64 = p not in (1.0, 2.0) or all(t.dtype == torch.float64 for t in tensors)
+    budget = 8 * max(1.0, 1.0 / p) * torch.finfo(torch.float64).eps if in_float64 else 2.7e-7
     assert norm.item() == pytest.approx(exact, rel=budget), (norm, exact, p)
     return norm
 
@@ -167,7 +167,7 @@ def test_bits_of_nan_survive_a_clamp(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("p", [0.1, 7.3, 40.0, 300.0])
 def test_any_order(p: float) -> None:
-    """p is no float32 on the way to the kernel."""
+    """p reaches the kernel in float64."""
     assert_norm([torch.randn(3000, dtype=torch.float64), torch.randn(50, dtype=torch.float64)], p)
     assert_norm([torch.randn(3000), torch.randn(50)], p)
 
@@ -270,7 +270,7 @@ def test_irregular_tensors_go_their_own_way() -> None:
 def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last chunk of a tensor of 4 GiB, of which memory has the touched pages only.
 
-    Its table counts the chunks from the last one on, and a tensor of nothing stands before it.
+    Its table counts the chunks from the last one on, and an empty tensor precedes it.
     """
     numel, last = 2**31 + 40, 2**31 // chunk_numel(torch.float16)
     x = torch.empty(numel, dtype=torch.float16)
@@ -330,7 +330,7 @@ def test_zeros_alone(p: float) -> None:
 
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of elements of every store."""
+    """Record the number of elements of every store."""
     from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415  (Triton may be absent)
 
     counts: list[int] = []

@@ -1,4 +1,4 @@
-"""Every example is executed: the Python blocks of README.md and all docstrings."""
+"""Every example is executed: the scripts under examples/, which README.md quotes, and all docstrings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from textwrap import indent
 from types import ModuleType
 from typing import Any
 
@@ -17,30 +18,46 @@ from subprocesses import TESTS, run_python
 import gradclip_ext
 
 README = TESTS.parent / "README.md"
-NO_TEST = "<!-- no-test -->"
+EXAMPLES = sorted((TESTS.parent / "examples").glob("*.py"))
 FENCE = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
-def readme_blocks() -> list[Any]:
-    """Return the Python blocks with their line numbers; one below ``<!-- no-test -->`` is skipped."""
-    if not README.exists():
-        return [pytest.param("", marks=pytest.mark.skip(reason="there is no README.md beside the tests"))]
-    text = README.read_text(encoding="utf-8")
-    params: list[Any] = []
-    for match in FENCE.finditer(text):
-        line = text.count("\n", 0, match.start()) + 1
-        above = text[: match.start()].rstrip().endswith(NO_TEST)
-        marks = [pytest.mark.skip(reason=f"README.md says {NO_TEST}")] if above else []
-        params.append(pytest.param(match[1], id=f"line {line}", marks=marks))
-    return params
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path: Path) -> None:
+    assert "epoch  90" in run_python(str(path), timeout=60)
 
 
-@pytest.mark.parametrize("code", readme_blocks())
-def test_readme(code: str, tmp_path: Path) -> None:
-    """Each block stands alone: a reader may paste any one of them."""
-    script = tmp_path / "readme_block.py"
-    script.write_text(code, encoding="utf-8")
-    run_python(str(script), timeout=60)
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md beside the tests")
+def test_readme_quotes_the_examples() -> None:
+    """Each Python block of README.md is a run of lines of an example, whatever their indentation there."""
+    quotes = FENCE.findall(README.read_text(encoding="utf-8"))
+    assert len(quotes) >= len(EXAMPLES)
+    for quote in quotes:
+        assert any(is_quoted(quote, path.read_text(encoding="utf-8")) for path in EXAMPLES), (
+            f"no file under examples/ has these lines of README.md:\n{quote}"
+        )
+
+
+def is_quoted(quote: str, text: str) -> bool:
+    """Tell whether the lines occur in the text, all indented by the same number of levels.
+
+    A line "..." stands for any number of lines.
+    """
+    for level in (0, 4, 8):
+        parts = re.split(r"^\s*\.\.\.\n", indent(quote, level * " "), flags=re.MULTILINE)
+        if re.search(r"\n" + r"(?:.*\n)?".join(map(re.escape, parts)), text, re.DOTALL):
+            return True
+    return False
+
+
+def test_a_changed_quote_is_noticed() -> None:
+    text = "\nfor x in y:\n    first(x)\n    second(x)\n    third(x)\nlast(x)\n"
+    assert is_quoted("first(x)\nsecond(x)\n", text)
+    assert is_quoted("for x in y:\n    first(x)\n", text)
+    assert is_quoted("for x in y:\n...\n    third(x)\n...\nlast(x)\n", text)
+    assert not is_quoted("first(x)\nthird(x)\n", text)
+    assert not is_quoted("third(x)\n...\nfirst(x)\n", text)
+    assert not is_quoted("rst(x)\n", text)
 
 
 def modules() -> list[Any]:

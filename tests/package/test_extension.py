@@ -1,4 +1,4 @@
-"""Without a compiled module: the reason in the report, a warning where somebody wanted it."""
+"""Without a compiled module: the reason in the report, a warning if the build was to have one."""
 
 from __future__ import annotations
 

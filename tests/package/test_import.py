@@ -1,4 +1,4 @@
-"""What importing the package costs and leaves behind."""
+"""What importing the package costs and changes."""
 
 from __future__ import annotations
 

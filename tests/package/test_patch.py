@@ -207,5 +207,5 @@ assert all(getattr(torch.nn.utils, name) is function for name, function in own.i
 
 @pytest.mark.parametrize("what", ["reload", "wrap"])
 def test_a_tensor_subclass_never_recurses_into_the_patch(what: str) -> None:
-    """Such tensors go to torch's own functions, wherever the patch and others have put theirs."""
+    """Such tensors go to torch's own functions, whatever the patch and other code have replaced."""
     run_python("-c", RELOAD_SCRIPT, what, *NAMES, timeout=60)

@@ -135,7 +135,7 @@ def raises_untouched(
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a test runs on: a backend, a device, and how the backend is used.
+    """The target of a test: a backend, a device, and how the backend is used.
 
     ``way`` is "" for the ordinary one; "loop" passes foreach=False; "blind" hides the values
     of CPU tensors from the foreach backend, so that the strategy for accelerators runs without one;

@@ -84,7 +84,7 @@ def unchanged(tensors: Sequence[Tensor], what: str = "") -> Iterator[None]:
 
 
 def assert_same_specials(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """NaN, inf and -inf must sit at the same places: a tolerance says nothing about them."""
+    """Assert that NaN, inf and -inf are at the same positions, which a tolerance does not cover."""
     for name in ("isnan", "isposinf", "isneginf"):
         here, there = getattr(torch, name)(real(actual)), getattr(torch, name)(real(expected))
         assert torch.equal(here, there), f"{what}: {name} differs\n{actual}\n{expected}"
@@ -131,14 +131,14 @@ def assert_budget(
 
 def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return float64 as soon as one tensor is float64 or complex128, else float32."""
-    is_wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return torch.float64 if is_wide else torch.float32
+    is_float64 = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if is_float64 else torch.float32
 
 
 def norm_eps(tensors: Sequence[Tensor]) -> float:
     """Return the error budget of a norm: float64 accuracy takes float64 gradients throughout."""
-    all_wide = all(t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return NORM_EPS * torch.finfo(torch.float64 if all_wide else torch.float32).eps
+    all_float64 = all(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return NORM_EPS * torch.finfo(torch.float64 if all_float64 else torch.float32).eps
 
 
 def upcast(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -164,7 +164,7 @@ def assert_norm(norm: Tensor, tensors: Sequence[Tensor], norm_type: float, what:
     assert norm.shape == () and norm.dtype == dtype, f"{what}: {norm!r}, expected {dtype}"
     assert norm.device == tensors[0].device and not norm.requires_grad and norm.grad_fn is None, what
     theirs = torch_norm(tensors, norm_type)
-    # What cannot be told from zero in the returned dtype is exempt.
+    # Norms that the returned dtype rounds to zero are exempt.
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert_budget(norm, exact.to(dtype).double(), theirs, norm_eps(tensors), tiny, what=what)
     if math.isfinite(exact) and exact > torch.finfo(dtype).smallest_normal:

@@ -58,7 +58,7 @@ def test_wrong_norms_are_noticed() -> None:
 
 
 def test_bfloat16_norm_of_torch_is_noticed() -> None:
-    """The suite would reject torch's own half norm: three digits are not 1e-6."""
+    """The suite would reject torch's own half norm: three digits are not within 1e-6."""
     grads = [random(1000, dtype=torch.bfloat16) for _ in range(3)]
     rejected = 0
     for grad in grads:

@@ -36,7 +36,7 @@ def find_cuobjdump() -> Path | None:
 
 
 def missing(reason: str) -> NoReturn:
-    """Skip, or fail where `make check-cuda` has seen to it that nothing is missing."""
+    """Skip, or fail under `make check-cuda`, which makes sure that nothing is missing."""
     if os.environ.get("GRADCLIP_EXT_CHECK_CUDA"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason, allow_module_level=True)

@@ -1,11 +1,11 @@
-"""Run by test_triton_compiled.py in a process of its own: compile for a GPU that need not be there.
+"""Run by test_triton_compiled.py in a process of its own: compile for a GPU that this machine need not have.
 
     python triton_compiled.py FOLDER cuda|hip
 
 FOLDER holds Triton's cache. Compiles for sm_90 or for gfx942. Prints one JSON object: for every
 kernel and dtype the accesses to global memory in its PTX or GCN, for sm_90 also the conversions to
 float64, divisions and roots that are not rounded correctly, and how many 16-byte loads its machine
-code has in flight; and how many binaries several lists, orders and bounds have led to.
+code has in flight; and how many binaries several lists, orders and bounds need.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ driver.set_active(
 
 
 class Recorder(Launcher):
-    """Compiles what would be launched, as the launcher does, and keeps it."""
+    """Compiles every launch, as the launcher does, and keeps the binary instead of launching it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.compiled: dict[str, Any] = {}
         assert self.load() is None and not self.is_interpreted
 
-    def _start_of(self, launch: Launch, given: tuple[Any, ...]) -> Callable[..., None]:
+    def _start_of(self, launch: Launch, changing: tuple[Any, ...]) -> Callable[..., None]:
         named = {**launch.constants, **launch.options, "grid": (1,)}
-        binary = launch.kernel.warmup(*given, *launch.arguments, **named)
+        binary = launch.kernel.warmup(*changing, *launch.arguments, **named)
         self.compiled[launch.kernel.__name__] = binary
-        return lambda *given: None
+        return lambda *changing: None
 
 
 def operations(
@@ -82,7 +82,7 @@ def counted(pattern: str, text: str) -> dict[str, int]:
     return dict(collections.Counter(re.findall(pattern, text)))
 
 
-def looked_at(binary: Any) -> dict[str, Any]:
+def described(binary: Any) -> dict[str, Any]:
     if TARGET.backend == "hip":
         accesses = counted(r"(?:global|flat)_(?:load|store)_\w+", binary.asm["amdgcn"])
         return {"accesses": accesses}
@@ -96,7 +96,7 @@ def looked_at(binary: Any) -> dict[str, Any]:
 
 
 def loads_in_flight(cubin: bytes) -> int | None:
-    """Return the length of the longest run of 16-byte loads that nothing waits for or stores between."""
+    """Return the largest number of 16-byte loads without a store, barrier or branch in between."""
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     if not disassembler.exists():
         return None
@@ -118,11 +118,11 @@ def main() -> None:
     for dtype, p in itertools.product(DTYPES, (2.0, 3.0)):
         for name, binary in operations([torch.ones(5, dtype=dtype)], p).items():
             if p == 2.0 or name == "norm_kernel":
-                report["kernels"][f"{name} {dtype} p={p}"] = looked_at(binary)
+                report["kernels"][f"{name} {dtype} p={p}"] = described(binary)
     lists = [[torch.ones(3) for _ in range(n)] for n in (1, 2, 16, 17, 300)] + [[torch.ones(2**21 + 1)]]
     report["binaries"] = {
         name: len({id(binaries[name]) for binaries in [operations(grads) for grads in lists]})
-        for name in ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+        for name in ("norm_kernel", "finalize_kernel", "scale_kernel", "clamp_kernel")
     }
     report["orders"] = len({id(operations(lists[0], p)["norm_kernel"]) for p in (0.5, 3.0, 0.1, 7.0, 4.0)})
     report["bounds"] = len({id(operations(lists[0], bound=b)["clamp_kernel"]) for b in (0.0, 1.0, 0.3, 1e30)})

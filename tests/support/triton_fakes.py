@@ -1,4 +1,4 @@
-"""Kernels that note what they are asked to do, for looking at the triton backend without Triton."""
+"""Kernels that record their compilations and launches, to test the triton backend without Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradclip_ext.backends.triton import TritonBackend
 
 
 class FakeKernel:
-    """Notes what Triton would be asked to do; ``fails`` tells which constants it cannot load or compile."""
+    """Records compilations and launches; ``fails`` tells for which constants they fail."""
 
     def __init__(
         self, name: str, log: list[tuple[str, str, tuple]], fails: Any = lambda constants: False
@@ -37,13 +37,13 @@ class FakeBinary:
         return self._kernel.launch
 
 
-KERNELS = ("norm_kernel", "finish_kernel", "scale_kernel", "clamp_kernel")
+KERNELS = ("norm_kernel", "finalize_kernel", "scale_kernel", "clamp_kernel")
 
 
 def with_fake_kernels(
     log: list, fallback: Any = None, fails: Any = lambda constants: False, kind: type[FakeKernel] = FakeKernel
 ) -> TritonBackend:
-    """Return a triton backend that notes in ``log`` what it has compiled and launched."""
+    """Return a triton backend that records in ``log`` what it has compiled and launched."""
     backend = TritonBackend(fallback)
     kernels = {name: kind(name, log, fails) for name in KERNELS}
     backend._launcher.kernels = SimpleNamespace(tl=torch, **kernels)

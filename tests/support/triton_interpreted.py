@@ -1,9 +1,9 @@
-"""A pytest plugin for running the suite on Triton's interpreter: what it cannot do, and its worst delay.
+"""A pytest plugin for running the suite on Triton's interpreter: skips what it cannot do, and speeds it up.
 
     TRITON_INTERPRET=1 python -m pytest tests -p triton_interpreted -m "triton and not gpu"
 
-with this folder on PYTHONPATH; kernels/test_triton_interpreted.py does so. Nothing here changes what a
-kernel computes.
+with this folder on PYTHONPATH, as kernels/test_triton_interpreted.py does. It does not change what a kernel
+computes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 from triton.runtime import interpreter
 
-# Parts of test ids, and why those tests are not for the interpreter. Compiled code runs them all.
-NOT_HERE = {
+# Parts of test ids, and why the interpreter skips those tests. Compiled kernels run all of them.
+SKIPPED = {
     "test_same_bits_as_torch[triton-cpu-bfloat16]": (
         "the interpreter truncates float32 to bfloat16 where compiled code rounds; the other tests of "
         "products hold it to 1 ulp"
@@ -39,22 +39,22 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for part, reason in NOT_HERE.items():
+        for part, reason in SKIPPED.items():
             if part in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _patch_language_once() -> None:
-    """Take a third of the time.
+    """Patch triton.language once, which makes the tests three times as fast.
 
-    The interpreter puts its own functions into triton.language at every launch and at every call
-    of one kernel function by another, at a millisecond each, and takes them out after a launch.
-    In a process that compiles nothing they may stay there.
+    The interpreter replaces functions of triton.language by its own at every launch, and at every call of one
+    kernel function by another, and restores them after the launch. That takes a millisecond each time. In a
+    process that compiles nothing, its functions may stay.
     """
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(fn: Any) -> SimpleNamespace:
-        # Triton's own functions see the language under another name than ours do.
+        # Triton's own functions refer to the language by another name than ours do.
         seen = frozenset(
             id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core
         )

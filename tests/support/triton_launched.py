@@ -1,9 +1,10 @@
-"""Run by test_triton_compiled.py in a process of its own: launch down to a driver that only takes notes.
+"""Run by test_triton_compiled.py in a process of its own: launch kernels with a driver that only records.
 
     python triton_launched.py FOLDER
 
-FOLDER holds Triton's cache. Prints one JSON object: for every kernel whether its launcher was given what
-Triton's own way of launching gives it; and the host time of calls on 300 tensors, all but the driver's.
+FOLDER holds Triton's cache. Prints one JSON object: for every kernel, whether its launcher gets the same
+arguments as from Triton's own way of launching; and the host time of calls on 300 tensors without that of the
+driver.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ launched: list[tuple[Any, ...]] = []
 
 
 class DriverLauncher:
-    """What Triton builds for a binary to call the driver: keeps grid and arguments, and who it is."""
+    """Replaces the object with which Triton launches a binary: records itself, the grid and the arguments."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
 
-    def __call__(self, *given: Any) -> None:
-        launched.append((self, given[:3], given[9:]))
+    def __call__(self, *arguments: Any) -> None:
+        launched.append((self, arguments[:3], arguments[9:]))
 
 
 driver.set_active(
@@ -59,19 +60,19 @@ driver.set_active(
 
 
 class Comparing(Launcher):
-    """Launches everything in Triton's own way, too."""
+    """Launches everything once more in Triton's own way, and compares."""
 
     def __init__(self) -> None:
         super().__init__()
         self.same: dict[str, bool] = {}
 
-    def _start_of(self, launch: Launch, given: tuple[Any, ...]) -> Any:
-        start = super()._start_of(launch, given)
+    def _start_of(self, launch: Launch, changing: tuple[Any, ...]) -> Any:
+        start = super()._start_of(launch, changing)
 
-        def both(*given: Any) -> None:
-            start(*given)
+        def both(*changing: Any) -> None:
+            start(*changing)
             named = {**launch.constants, **launch.options}
-            launch.kernel[(launch.programs,)](*given, *launch.arguments, **named)
+            launch.kernel[(launch.programs,)](*changing, *launch.arguments, **named)
             (binary, grid, ours), (their_binary, their_grid, theirs) = launched[-2:]
             equal = binary is their_binary and grid == their_grid and len(ours) == len(theirs)
             equal &= all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(ours, theirs))
@@ -107,7 +108,7 @@ def host_us() -> dict[str, float]:
         p.grad = torch.randn(100, 3)
     backend = backends.ALL["triton"]
     assert isinstance(backend, TritonBackend) and backend._launcher.load() is None
-    backend._reasons[torch.device("cpu")] = None  # addresses of the CPU, which nobody will read
+    backend._reasons[torch.device("cpu")] = None  # it gets addresses of the CPU, but nothing reads them
 
     def best() -> float:
         def call() -> object:

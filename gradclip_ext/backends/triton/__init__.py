@@ -1,8 +1,8 @@
-"""The backend of Triton kernels: one pass over memory, and no CUDA toolkit on the user's machine.
+"""The triton backend: kernels that read the gradients once and need no CUDA toolkit on the user's machine.
 
-The kernels find the tensors through a table in device memory, so that an operation takes one launch per
-dtype in the list, and one more for a norm, whatever its length. memory.py makes tables and keeps them,
-launch.py compiles and launches, kernels.py holds the kernels.
+The kernels find the tensors through a table in device memory. An operation takes one launch per dtype in the
+list, and a norm one more, whatever the length of the list. memory.py makes and keeps the tables, launch.py
+compiles and launches, kernels.py holds the kernels.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ if TYPE_CHECKING:
 
 _OLDEST_CAPABILITY = (7, 0)
 
-# Vectors that a lane has in flight. 8 take 100 registers in norm_kernel for half types, so that 4 programs
-# fit on an SM of an H100: 64 KiB in flight, where its memory latency asks for about 40. The kernels that
-# also write need half the registers and are as far with 4 vectors.
+# Vectors that a lane has in flight. With 8, norm_kernel takes 100 registers for half types, so that 4
+# programs fit on an SM of an H100. They have 64 KiB in flight; its memory latency needs about 40. The
+# kernels that also write take half as many registers and reach the same with 4 vectors.
 _NORM_VECS = 8
-_CHANGE_VECS = 4
-# finish_kernel runs on one SM and needs many loads in flight there.
-_FINISH_LANES = 512
-_FINISH_BLOCK = 4096
+_UPDATE_VECS = 4
+# finalize_kernel runs on one SM, where it needs many loads in flight.
+_FINALIZE_LANES = 512
+_FINALIZE_BLOCK = 4096
 
 
 class TritonBackend:
     """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter.
 
-    A kernel is compiled when it is first needed, a second or so; Triton needs a C compiler for what launches
-    it. Before a CUDA graph is captured, run the same calls once.
+    A kernel is compiled when it is first needed, which takes about a second; Triton needs a C compiler for
+    the code that launches it. Before a CUDA graph is captured, run the same calls once.
 
     Args:
-        fallback: the backend that takes over, after one warning, once Triton has failed to compile a kernel:
-            for the automatic choice, which leaves the interpreter alone, too. None raises, for callers who
-            have named this backend.
+        fallback: the backend that is used, after one warning, once Triton has failed to compile a kernel.
+            It is set if the backend is chosen automatically; the interpreter is then never used. None, for
+            callers who have named this backend, raises the error.
     """
 
     name = "triton"
@@ -77,7 +77,7 @@ class TritonBackend:
                     self._norm_calls(workspace, table, norm_type, norm, clip_coef, rule.max_norm)
                 )
         except CompileError as error:
-            return self._instead(error, tensors.device).norm(tensors, norm_type, rule, dtype)
+            return self._fallback_for(error, tensors.device).norm(tensors, norm_type, rule, dtype)
         return norm, 1.0 if clip_coef is None else clip_coef
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
@@ -87,14 +87,14 @@ class TritonBackend:
             with prepared(tensors) as (workspace, table):
                 self._launcher.enqueue(self._scale_calls(workspace, table, clip_coef))
         except CompileError as error:
-            self._instead(error, tensors.device).scale_(tensors, clip_coef)
+            self._fallback_for(error, tensors.device).scale_(tensors, clip_coef)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         try:
             with prepared(tensors) as (workspace, table):
                 self._launcher.enqueue(self._clamp_calls(workspace, table, min, max))
         except CompileError as error:
-            self._instead(error, tensors.device).clamp_(tensors, min, max)
+            self._fallback_for(error, tensors.device).clamp_(tensors, min, max)
 
     # ------------------------------------------------------------ launches
 
@@ -107,7 +107,7 @@ class TritonBackend:
         clip_coef: Tensor | None,
         max_norm: float,
     ) -> list[Call]:
-        """Return the launches that write the norm and, given room for one, the coefficient."""
+        """Return the launches that write the norm and, unless ``clip_coef`` is None, the coefficient."""
         key = "norm", norm_type, norm.dtype, clip_coef is None
         if key not in table.launches:
             order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
@@ -117,16 +117,16 @@ class TritonBackend:
                 return {"ORDER": order, **tile_of(_NORM_VECS, vec)}
 
             launches = self._launcher.over_groups("norm_kernel", (partials, p), shape, workspace, table)
-            finish = Launch(
-                self._launcher.kernels.finish_kernel,
+            finalize = Launch(
+                self._launcher.kernels.finalize_kernel,
                 1,
                 (partials, p, table.chunks),
-                {"ORDER": order, "BLOCK": _FINISH_BLOCK},
-                options(_FINISH_LANES, workspace),
+                {"ORDER": order, "BLOCK": _FINALIZE_BLOCK},
+                options(_FINALIZE_LANES, workspace),
             )
-            table.launches[key] = [*launches, finish]
-        *launches, finish = table.launches[key]
-        return [*((launch, ()) for launch in launches), (finish, (norm, clip_coef, bits_of(max_norm)))]
+            table.launches[key] = [*launches, finalize]
+        *launches, finalize = table.launches[key]
+        return [*((launch, ()) for launch in launches), (finalize, (norm, clip_coef, bits_of(max_norm)))]
 
     def _scale_calls(self, workspace: Workspace, table: Table, clip_coef: Tensor) -> list[Call]:
         key = "scale", clip_coef.dtype
@@ -143,10 +143,10 @@ class TritonBackend:
                 "clamp_kernel", (), _tile_in_place, workspace, table
             )
         bounds = bits_of(min), bits_of(max)
-        given = [tuple(rounded_bits(bits, group.dtype) for bits in bounds) for group in table.groups]
-        return list(zip(table.launches[key], given))
+        arguments = [tuple(rounded_bits(bits, group.dtype) for bits in bounds) for group in table.groups]
+        return list(zip(table.launches[key], arguments))
 
-    def _instead(self, error: CompileError, device: torch.device) -> Backend:
+    def _fallback_for(self, error: CompileError, device: torch.device) -> Backend:
         """Return the fallback, with a warning the first time; raise the error if there is none."""
         if self._fallback is None:
             raise error
@@ -172,7 +172,7 @@ class TritonBackend:
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
             return "it runs on the CPU under TRITON_INTERPRET=1 only, for tests"
         if device.type == "cpu" and self._fallback is not None:
-            return "Triton's interpreter is slow and has to be asked for by name"
+            return "Triton's interpreter is slow and only used if this backend is named"
         try:
             return self._launcher.load() or self._why_unfit(device)
         except Exception as error:
@@ -181,11 +181,11 @@ class TritonBackend:
             return f"Triton cannot be used here: {type(error).__name__}: {error}"
 
     def _why_unfit(self, device: torch.device) -> str | None:
-        """Return why Triton, once loaded, does not fit a device, or None."""
+        """Return why Triton, once loaded, does not support a device, or None."""
         if device.type == "cpu":
             if not self._launcher.is_interpreted:
                 return "TRITON_INTERPRET was set after Triton had been imported"
-            # Interpreters of Triton have failed on a NumPy newer than themselves.
+            # Some of Triton's interpreters fail with a NumPy that is newer than they are.
             self.norm(
                 TensorList([torch.ones(1, dtype=torch.float32, device="cpu")]), 2.0, REPORT, torch.float32
             )
@@ -199,4 +199,4 @@ class TritonBackend:
 
 
 def _tile_in_place(vec: int) -> dict[str, Any]:
-    return tile_of_vectors(_CHANGE_VECS, vec)
+    return tile_of_vectors(_UPDATE_VECS, vec)

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: compiled and loaded once, then started with what changes from call to call."""
+"""Launches of Triton kernels: compiled once, then launched with the arguments that change between calls."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gradclip_ext.backends.triton.memory import CHUNK_BYTES, Table, Workspace
 
-_OLDEST_TRITON = (3, 2)  # that of torch 2.6
-# Since then, who launches a compiled kernel passes its constants along, to be skipped.
+_OLDEST_TRITON = (3, 2)  # torch 2.6 comes with it
+# From this version on, a compiled kernel is launched with its constants, too, which it ignores.
 _LAUNCHER_TAKES_CONSTANTS = (3, 3)
 
 _LANES = 128
@@ -28,13 +28,11 @@ class CompileError(RuntimeError):
 
 @dataclasses.dataclass
 class Launch:
-    """A launch on one table: all but the arguments that change from call to call.
+    """A launch on one table: everything but the arguments that change between calls.
 
-    Those come first in the kernels' signatures. ``start`` is called with them and launches the binary that
-    fits all the rest.
+    Those come first in the kernels' signatures. ``start`` is called with them and launches the binary. It is
+    kept to save host time: Triton takes 18 us to look up the binary of a launch, and 3 us to launch it.
     """
-
-    # Triton spends 18 us of host time to find the binary that fits a launch, and 3 to launch it.
 
     kernel: Any
     programs: int
@@ -44,14 +42,14 @@ class Launch:
     start: Callable[..., None] | None = None
 
 
-# A launch and the arguments that this call gives it.
+# A launch and the arguments of this call, which ``start`` is called with.
 Call = tuple[Launch, tuple[Any, ...]]
 
 
 class Launcher:
     """Triton and the kernels of kernels.py, once they are loaded.
 
-    ``kernels`` is the module of kernels; ``is_interpreted`` tells that TRITON_INTERPRET was set when it was
+    ``kernels`` is the module kernels.py. ``is_interpreted`` is True if TRITON_INTERPRET was set when it was
     imported.
     """
 
@@ -81,7 +79,10 @@ class Launcher:
         workspace: Workspace,
         table: Table,
     ) -> list[Launch]:
-        """Return one launch per dtype; ``shape_for`` is told how many elements 16 bytes hold."""
+        """Return one launch per dtype.
+
+        ``shape_for`` maps the number of elements in 16 bytes to the constants that are a tile's shape.
+        """
         launches = []
         for group in table.groups:
             itemsize = group.dtype.itemsize
@@ -101,43 +102,43 @@ class Launcher:
         return launches
 
     def enqueue(self, calls: Sequence[Call]) -> None:
-        """Compile and load all that is new, then launch: a failure finds everything untouched."""
-        for launch, given in calls:
+        """Compile and load everything new, then launch: if that fails, no gradient has changed."""
+        for launch, changing in calls:
             if launch.start is None:
-                launch.start = self._start_of(launch, given)
-        for launch, given in calls:
+                launch.start = self._start_of(launch, changing)
+        for launch, changing in calls:
             assert launch.start is not None
-            launch.start(*given)
+            launch.start(*changing)
 
-    def _start_of(self, launch: Launch, given: tuple[Any, ...]) -> Callable[..., None]:
-        """Return what launches, given the arguments that change."""
+    def _start_of(self, launch: Launch, changing: tuple[Any, ...]) -> Callable[..., None]:
+        """Return the function that launches, called with the arguments that change."""
         kernel, arguments, named = launch.kernel, launch.arguments, {**launch.constants, **launch.options}
         if self.is_interpreted:
-            return lambda *given: kernel[(launch.programs,)](*given, *arguments, **named)
+            return lambda *changing: kernel[(launch.programs,)](*changing, *arguments, **named)
         what = f"{kernel.__name__} for {named}"
-        # All that a binary depends on: addresses in arguments are an allocator's, or not specialised on.
+        # All that a binary depends on. Addresses are not: an allocator aligns them, or Triton ignores them.
         device = next(a.device for a in arguments if isinstance(a, Tensor))
-        dtypes = [a.dtype for a in given if isinstance(a, Tensor)]
+        dtypes = [a.dtype for a in changing if isinstance(a, Tensor)]
         key = (kernel.__name__, device, *dtypes, *launch.constants.values())
         try:
             if key not in self._binaries:
-                self._binaries[key] = kernel.warmup(*given, *arguments, **named, grid=(1,))
-            start = self._binaries[key][(launch.programs, 1, 1)]  # loads it, as in Triton's tutorials
+                self._binaries[key] = kernel.warmup(*changing, *arguments, **named, grid=(1,))
+            start = self._binaries[key][(launch.programs, 1, 1)]  # loads the binary, as in Triton's tutorials
         except Exception as error:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(  # no CompileError: nothing is wrong with Triton
+                raise RuntimeError(  # not a CompileError: Triton itself works
                     f"{what} has to be loaded before a CUDA graph is captured: run the same calls once before"
                 ) from error
             raise CompileError(f"Triton failed to compile {what}: {type(error).__name__}: {error}") from error
         if self._takes_constants:
             arguments = *arguments, *launch.constants.values()
-        return lambda *given: start(*given, *arguments)
+        return lambda *changing: start(*changing, *arguments)
 
 
 def options(lanes: int, workspace: Workspace) -> dict[str, Any]:
-    """Return how to compile for programs of so many lanes.
+    """Return the compile options for programs of ``lanes`` threads.
 
-    Triton's own choice whether to fuse products into sums changes with 3.10, and the bits with it.
+    FP fusion is set explicitly: Triton's default changes with 3.10, and the bits of results with it.
     """
     return {"num_warps": lanes // workspace.warp_size, "enable_fp_fusion": True}
 
@@ -148,15 +149,15 @@ def tile_of(rows: int, vec: int) -> dict[str, Any]:
 
 
 def tile_of_vectors(rows: int, vec: int) -> dict[str, Any]:
-    """Return the shape of a tile whose rows are the 16 bytes that are stored together or not at all."""
+    """Return the shape of a tile with rows of 16 bytes, each of which is stored or skipped as one."""
     return {"ROWS": rows * _LANES, "COLS": vec, "BLOCK": _LANES * vec}
 
 
 @functools.lru_cache
 def rounded_bits(bits: int, dtype: torch.dtype) -> int:
-    """Return the bits of a bound rounded to the dtype by torch, as its own clamp does.
+    """Return the bits of a bound that torch has rounded to the dtype, as torch.clamp does.
 
-    Of bits, because to a cache 0.0 and -0.0 are the same.
+    The argument is bits, too, because the cache takes 0.0 and -0.0 for the same number.
     """
     number = torch.tensor(bits, dtype=torch.int64, device="cpu").view(torch.float64)
     return bits_of(number.to(dtype).item())

@@ -1,4 +1,4 @@
-"""Device memory of the triton backend: tables of tensors, partial results, and how long they live."""
+"""Device memory of the triton backend: tables of tensors and partial results, and their lifetime."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList
 
 CHUNK_BYTES = 65536
 
-# Programs of a launch. On the CPU they are interpreted one after the other, and there are as many as show
-# whether each finds its share of the work.
+# Programs of a launch. On the CPU, where they are interpreted one after the other, a few are enough to test
+# that each finds its chunks.
 _PROGRAMS_PER_SM = 8
 _INTERPRETED_PROGRAMS = 3
-# Lists that a workspace remembers, at 24 bytes a tensor: a GAN has two, and pointers come and go.
+# Tables that a workspace keeps, of 24 bytes per tensor: a GAN has two lists, and addresses may alternate.
 _MAX_TABLES = 8
-_SLAB_NUMEL = 1 << 17
-# Captured calls that page-locked memory is kept ready for: a step makes two or three with one list.
+_BLOCK_NUMEL = 1 << 17
+# Page-locked memory is allocated ahead for so many captured calls; a step has two or three with one list.
 _CAPTURED_CALLS = 8
 
 
@@ -36,10 +36,10 @@ class Group(NamedTuple):
 
 
 class Table:
-    """What the kernels have to know of a list of tensors, none of which is kept.
+    """The addresses and sizes of a list of tensors, as the kernels read them. Keeps no tensor alive.
 
-    ``rows``, and its copy ``on_device``, is what kernels.py calls a table. ``launches`` is for the backend
-    to keep what it launches on this table.
+    ``rows``, with its copy ``on_device``, is the table that kernels.py describes. In ``launches`` the backend
+    keeps its launches on this table.
     """
 
     on_device: Tensor
@@ -56,57 +56,58 @@ class Table:
             dtype = KERNEL_DTYPES[code]
             chunk = CHUNK_BYTES // dtype.itemsize
             first, before = len(self.rows) // 3, self.chunks
-            for address, numel, own in zip(addresses, numels, codes):
-                if own == code:
+            for address, numel, dtype_code in zip(addresses, numels, codes):
+                if dtype_code == code:
                     self.rows.extend((address, numel, self.chunks))
                     self.chunks += -(-numel // chunk)
             self.groups.append(Group(dtype, first, len(self.rows) // 3, self.chunks - before))
         self.rows.extend((0, 0, self.chunks))
 
 
-class _Slab:
+class _PinnedMemory:
     """Page-locked memory for the tables of captured graphs.
 
-    A graph copies its table from there at every replay and gives no notice of its end, so what it got is
-    neither reused nor freed: 24 bytes a tensor and capture. It is allocated ahead of time, because not every
-    torch can do that during a capture.
+    A graph copies its table from there at every replay, and nothing tells when the graph is destroyed. So
+    the memory is neither reused nor freed: 24 bytes per tensor and capture. It is allocated ahead of time,
+    because not every torch can allocate page-locked memory during a capture.
     """
 
     def __init__(self) -> None:
         self._taken: list[Tensor] = []
-        self._left = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._free = torch.empty(0, dtype=torch.int64, device="cpu")
         self._lock = threading.Lock()
 
-    def provide(self, numel: int) -> None:
-        """Make sure that there is room for so many integers."""
-        if self._left.numel() >= numel:
+    def reserve(self, numel: int) -> None:
+        """Allocate memory unless ``numel`` integers are free."""
+        if self._free.numel() >= numel:
             return
         with self._lock:
-            self._provide(numel)
+            self._reserve(numel)
 
     def take(self, numel: int) -> Tensor:
+        """Return memory for ``numel`` integers, which is never freed."""
         with self._lock:
-            self._provide(numel)
-            taken, self._left = self._left[:numel], self._left[numel:]
+            self._reserve(numel)
+            taken, self._free = self._free[:numel], self._free[numel:]
             self._taken.append(taken)
             return taken
 
-    def _provide(self, numel: int) -> None:
-        if self._left.numel() < numel:
-            numel = max(2 * numel, _SLAB_NUMEL)
-            with torch.inference_mode(False):  # a capture outside of it will write there
-                self._left = torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=True)
+    def _reserve(self, numel: int) -> None:
+        if self._free.numel() < numel:
+            numel = max(2 * numel, _BLOCK_NUMEL)
+            with torch.inference_mode(False):  # a capture outside of inference mode writes to it
+                self._free = torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 class Workspace:
     """Tables and partials of one (device, stream), or of one call while a graph is being captured.
 
-    All of it is written and read in the order of the stream. A table never changes once it is uploaded; the
-    page-locked memory it came from goes back to torch's allocator, which waits for the copy's event before
-    handing it out again. A workspace lives as long as the process.
+    All of it is written and read in stream order. A table never changes after its upload. The page-locked
+    memory that it was uploaded from is freed to torch's allocator, which waits for the copy's event before
+    it reuses the memory. A workspace exists as long as the process.
 
-    ``lock`` is held while a call enqueues, not while the device works: two threads cannot fill one
-    workspace, nor run Triton's interpreter.
+    ``lock`` is held while a call enqueues, not while the device works: two threads must not fill one
+    workspace, or run Triton's interpreter, at the same time.
     """
 
     def __init__(self, device: torch.device, captured: bool) -> None:
@@ -124,30 +125,30 @@ class Workspace:
 
     def table(self, tensors: TensorList) -> Table:
         """Return the table of these tensors, uploaded if it is new."""
-        # The columns themselves are compared: through a table found by a hash, a kernel could write to
-        # memory that is no longer a gradient's.
+        # The columns themselves are compared, not a hash of them: with the table of another list, a kernel
+        # would write to memory that is not a gradient.
         columns = tensors.columns()
-        found = next((i for i, (known, _) in enumerate(self._tables) if known == columns), None)
-        if found is None:
+        index = next((i for i, (known, _) in enumerate(self._tables) if known == columns), None)
+        if index is None:
             table = Table(columns)
             table.on_device = self._upload(table.rows)
             self._tables = [(columns, table), *self._tables[: _MAX_TABLES - 1]]
         else:
-            self._tables.insert(0, self._tables.pop(found))
+            self._tables.insert(0, self._tables.pop(index))
             table = self._tables[0][1]
         if self.device.type != "cpu" and not self._captured:
-            _slab.provide(_CAPTURED_CALLS * len(table.rows))
+            _pinned_memory.reserve(_CAPTURED_CALLS * len(table.rows))
         return table
 
     def _upload(self, rows: array[int]) -> Tensor:
         source = torch.frombuffer(rows, dtype=torch.int64)
         if self.device.type == "cpu":
             return source.clone()
-        pinned = _slab.take(len(rows)).copy_(source) if self._captured else source.pin_memory()
+        pinned = _pinned_memory.take(len(rows)).copy_(source) if self._captured else source.pin_memory()
         return pinned.to(self.device, non_blocking=True)
 
     def partials(self, chunks: int) -> Tensor:
-        """Return room for the partials of a norm, which the next norm on the stream overwrites."""
+        """Return memory for the partials of a norm; the next norm on the stream overwrites it."""
         if self._partials.numel() < 2 * chunks:
             self._partials = torch.empty(2 * chunks, dtype=torch.float64, device=self.device)
         return self._partials
@@ -155,14 +156,14 @@ class Workspace:
 
 # Shared by all instances of the backend.
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
-_slab = _Slab()
+_pinned_memory = _PinnedMemory()
 
 
 @contextlib.contextmanager
 def prepared(tensors: TensorList) -> Iterator[tuple[Workspace, Table]]:
-    """Lend the workspace of the current stream of the tensors' device, made current, and their table.
+    """Make the tensors' device current, and yield the workspace of its current stream and the table.
 
-    The two operations of one call share both: a captured call uploads its table once.
+    The two operations of one call use the same table, so that a captured call uploads it once.
     """
     device = tensors.device
     on_gpu = device.type != "cpu"
