@@ -30,9 +30,12 @@ RECORDS = ROOT / "benchmarks" / "results" / "wheels.json"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 ARCHITECTURES = ("x86_64", "aarch64")
 GLIBC = (2, 28)
+# Debian's own Pythons have one pyconfig.h per processor, in folders where zig does not look.
 HAS_HEADERS = """
 import pathlib, sysconfig
-raise SystemExit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())
+folder = pathlib.Path(sysconfig.get_path("include"))
+found = (folder / "Python.h").is_file() and "-linux-gnu/" not in (folder / "pyconfig.h").read_text()
+raise SystemExit(not found)
 """
 
 
@@ -128,7 +131,7 @@ def main() -> None:
     for version in VERSIONS:
         python = find_python(version)
         if python is None:
-            print(f"no Python {version} with headers is on this machine: no wheels for it", flush=True)
+            print(f"no Python {version} with usable headers is on this machine: no wheels for it", flush=True)
             continue
         for architecture in ARCHITECTURES:
             wheel = make_manylinux_wheel(python, version, architecture, sdist, zig)
