@@ -209,7 +209,7 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
   out.chunks = list.chunks();
   out.total_norm = buffers.total_norm;
   out.clip_coef = buffers.clip_coef;
-  out.is_float64 = buffers.float64;
+  out.is_float64 = buffers.is_float64;
   out.rule = rule;
   const auto launch = [&](const auto& table, const Device& device, bool is_last) {
     using Table = std::decay_t<decltype(table)>;

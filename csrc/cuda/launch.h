@@ -18,9 +18,9 @@ constexpr int64_t kChunkBytes = 65536;
 /// The device memory of launch_norm: for intermediate results and for its results.
 struct NormBuffers {
   void* scratch;     // norm_scratch_bytes(list), uninitialised, 16-byte aligned
-  void* total_norm;  // one float or, with `float64`, one double
+  void* total_norm;  // one float or, with `is_float64`, one double
   void* clip_coef;   // the same
-  bool float64;
+  bool is_float64;
 };
 
 int64_t norm_scratch_bytes(const TensorList& list);

@@ -30,14 +30,15 @@ class ReleaseGil {
   std::optional<py::gil_scoped_release> released_;
 };
 
-/// Returns the norm of order p > 0 or inf in the precision of the result, where a norm beyond float32
-/// is inf, and the coefficient that the rule makes of it.
-std::pair<double, double> cpu_norm(const HeldList& list, double p, double max_norm, bool float64) {
+/// Returns the norm of order p > 0 or inf in the precision of the result, where a norm beyond
+/// float32 is inf, and the coefficient that the rule makes of it.
+std::pair<double, double> cpu_norm(const HeldList& list, double p, double max_norm,
+                                   bool is_float64) {
   const cpu::Threads threads = threads_for(list.spans);
   const ReleaseGil release(list);
   const double norm = cpu::norm(list.spans, p, threads);
   const Rule rule{max_norm};
-  if (float64) return {norm, rule.clip_coef(norm)};
+  if (is_float64) return {norm, rule.clip_coef(norm)};
   const auto rounded = static_cast<float>(norm);
   return {rounded, rule.clip_coef(rounded)};
 }

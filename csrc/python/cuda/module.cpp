@@ -146,25 +146,25 @@ Pointer at(uint64_t address) {
 
 /// Enqueues the norm and the coefficient. `scratch` has norm_scratch_bytes(list) bytes of the
 /// device, 16-byte aligned. `is_pool_stream`: the stream lives as long as the process.
-void norm(const HeldList& list, double p, double max_norm, bool float64, uint64_t total_norm,
+void norm(const HeldList& list, double p, double max_norm, bool is_float64, uint64_t total_norm,
           uint64_t clip_coef, uint64_t scratch, uint64_t stream, bool is_pool_stream) {
   cuda::NormBuffers buffers{};
   buffers.scratch = at<void*>(scratch);
   buffers.total_norm = at<void*>(total_norm);
   buffers.clip_coef = at<void*>(clip_coef);
-  buffers.float64 = float64;
+  buffers.is_float64 = is_float64;
   const py::gil_scoped_release release;  // a launch waits where a thousand others are queued
   const DeviceGuard guard(list.device_index);
   check(cuda::launch_norm(list.spans, p, Rule{max_norm}, buffers, at<cudaStream_t>(stream),
                           is_pool_stream));
 }
 
-/// Enqueues the multiplication by a coefficient on the device, a float or, with `float64`, a
+/// Enqueues the multiplication by a coefficient on the device, a float or, with `is_float64`, a
 /// double.
-void scale(const HeldList& list, uint64_t clip_coef, bool float64, uint64_t stream) {
+void scale(const HeldList& list, uint64_t clip_coef, bool is_float64, uint64_t stream) {
   const py::gil_scoped_release release;
   const DeviceGuard guard(list.device_index);
-  check(cuda::launch_scale(list.spans, at<const void*>(clip_coef), float64,
+  check(cuda::launch_scale(list.spans, at<const void*>(clip_coef), is_float64,
                            at<cudaStream_t>(stream)));
 }
 
