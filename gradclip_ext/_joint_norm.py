@@ -14,7 +14,7 @@ from gradclip_ext import _dtensors, gradients
 from gradclip_ext._dtensors import unwrap
 from gradclip_ext._layout import Layout
 from gradclip_ext.backends import Selection
-from gradclip_ext.gradients import GradientList
+from gradclip_ext.gradient_list import GradientList
 from gradclip_ext.norms import REPORT, result_dtype
 
 Copies = Callable[[Any], int]

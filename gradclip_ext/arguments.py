@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip_ext.interception import is_intercepted
+from gradclip_ext.norms import Limit, as_floating, whole
+
 
 def as_float(name: str, value: Any) -> float:
     """Return ``float(value)``; whatever float() refuses is named in the error."""
@@ -34,6 +37,39 @@ def as_threshold(name: str, value: Any) -> float:
     if not number >= 0.0:
         raise ValueError(f"{name} must be 0 or more (inf allowed), got {number}")
     return number
+
+
+def as_limit(value: Any, *, allows_vector: bool = True, allows_function: bool = True) -> Limit:
+    """Return max_norm as a float, or as the tensor or function that decides about it later.
+
+    Tensors in CPU memory are checked as a number is, because the host can see their values.
+    """
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError(f"max_norm must be a real number, got a tensor of {value.dtype}: pass its abs()")
+        limit = as_floating(whole(value).detach())
+        is_visible = limit.is_cpu and not is_intercepted()
+        if limit.numel() == 1:
+            return as_threshold("max_norm", limit) if is_visible else limit.reshape(())
+        if limit.dim() == 1 and not allows_vector:
+            raise ValueError(
+                f"max_norm must be a number or a tensor with one element, got shape {tuple(limit.shape)}: "
+                "pass per_tensor=True for a limit for each parameter"
+            )
+        if limit.dim() == 1:
+            if is_visible and not (limit >= 0.0).all():
+                index = int((limit >= 0.0).long().argmin())
+                raise ValueError(f"max_norm must be 0 or more (inf allowed), got {limit[index]} at {index}")
+            return limit
+    elif callable(value):
+        if not allows_function:
+            raise TypeError(
+                f"max_norm must be a number or a tensor, got the function {_describe(value)}: call it with "
+                "the norm, and pass what it returns"
+            )
+        function: Limit = value
+        return function
+    return as_threshold("max_norm", value)
 
 
 def as_bounds(min: Any, max: Any) -> tuple[float, float]:
@@ -74,20 +110,22 @@ def as_list(name: str, tensors: Any) -> list[Any]:
 
 
 def as_total_norm(value: Any) -> Tensor:
-    """Return ``value``, a real tensor of one element, as a 0-d tensor."""
+    """Return ``value``, a real tensor, as a 0-d tensor if it has one element, or as a vector."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"total_norm must be a 0-d Tensor, as get_total_norm returns it, got {_describe(value)}: "
             "wrap a number in torch.tensor(...)"
         )
-    if value.numel() != 1:
-        raise ValueError(
-            f"total_norm must have one element, got shape {tuple(value.shape)}: "
-            "take one element of it, or combine the norms first"
-        )
     if value.is_complex():
         raise TypeError(f"total_norm must be real, got {value.dtype}: pass its abs()")
-    return value if value.dim() == 0 else value.reshape(())
+    if value.numel() == 1:
+        return value if value.dim() == 0 else value.reshape(())
+    if value.dim() != 1 or value.numel() == 0:
+        raise ValueError(
+            f"total_norm must have one element, or shape (T,) for T parameters, got shape "
+            f"{tuple(value.shape)}: take one element of it, or combine the norms first"
+        )
+    return value
 
 
 def all_tensors(name: str, tensors: Sequence[Any]) -> list[Tensor]:

@@ -12,14 +12,10 @@ from torch import Tensor
 from gradclip_ext import _torch_functions, arguments
 from gradclip_ext.backends import Selection
 from gradclip_ext.checks import check_representable
-from gradclip_ext.gradients import (
-    holds_dtensor,
-    is_dispatch_subclass,
-    read_gradients,
-    read_tensors,
-)
+from gradclip_ext.gradients import is_dispatch_subclass, read_gradients, read_tensors
 from gradclip_ext.interception import is_intercepted
-from gradclip_ext.norms import Rule, raise_if_nonfinite
+from gradclip_ext.norms import Limit, Rule, raise_if_nonfinite, whole
+from gradclip_ext.segments import Segments
 
 if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
     from torch.distributed import ProcessGroup
@@ -32,11 +28,12 @@ Tensors = Tensor | Iterable[Tensor]
 
 def clip_grad_norm_(
     parameters: Tensors,
-    max_norm: float,
+    max_norm: Limit,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    zero_if_nonfinite: bool = False,
     backend: str | None = None,
     group: Group | Sequence[Group] | None = None,
     copies: Callable[[Any], int] | None = None,
@@ -55,10 +52,15 @@ def clip_grad_norm_(
         parameters: a tensor or an iterable of tensors whose ``.grad`` is clipped; those
             without a gradient are skipped, one listed twice counts once. An exhausted
             generator warns.
-        max_norm: largest allowed norm, 0 or more. ``inf`` only reports the norm.
+        max_norm: largest allowed norm, 0 or more. ``inf`` only reports the norm. A real tensor with one
+            element stays on its device: an accelerator is not waited for, so a negative value there acts
+            as 0, and NaN makes all gradients NaN. A function is called with the norm (0-d, as returned),
+            once and only if there are gradients, and returns such a number or tensor.
         norm_type: order p of the norm: any number, ``inf`` for the largest magnitude,
             0 for the number of tensors with a nonzero element.
         error_if_nonfinite: raise instead of clipping when the norm is NaN or infinite.
+        zero_if_nonfinite: set all gradients to +0.0 when the norm is NaN or infinite, whatever max_norm
+            is. The step is not skipped: Adam and momentum move the weights for a zero gradient, too.
         foreach: None or True lets a whole list be handled at once, False takes one tensor
             at a time; meaning and errors are torch's.
         backend: name of the backend to insist on, or None to choose by device. A gradient
@@ -84,9 +86,12 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: parameters is a module, or an element or gradient is of the wrong kind
-            (not a tensor, sparse, integer, float8); group is not one of its types, or this
-            rank is not in it.
-        ValueError: max_norm is negative or NaN, or the backend does not exist; DTensors lie on
+            (not a tensor, sparse, integer, float8); max_norm is neither a number, a real tensor
+            nor a function, or the function returns anything else; group is not one of its types,
+            or this rank is not in it.
+        ValueError: max_norm is negative or NaN (where the host can see it), or a tensor of several
+            elements; error_if_nonfinite and zero_if_nonfinite are both set; the backend does not
+            exist; DTensors lie on
             meshes over different ranks and group is None; meshes overlap and none holds the
             ranks of all; a group overlaps the ranks before it in part; copies returns less
             than 1 or more than there are, or is passed without group.
@@ -98,7 +103,7 @@ def clip_grad_norm_(
             waiting for it.
         NotImplementedError: norm_type is 0 or a placement is not supported, among DTensors of
             several meshes, plain tensors or a group. With one mesh alone, torch's function
-            handles these.
+            handles these, but with a number as max_norm and without zero_if_nonfinite only.
 
     Note:
         Does not synchronise with an accelerator unless error_if_nonfinite is set, or a group
@@ -130,15 +135,15 @@ def clip_grad_norm_(
         networks", ICML 2013, algorithm 1.
     """
     listed = arguments.as_list("parameters", parameters)
-    rule = Rule(arguments.as_threshold("max_norm", max_norm), bool(error_if_nonfinite))
+    limit = arguments.as_limit(max_norm, allows_vector=False)
+    rule = Rule(limit, bool(error_if_nonfinite), bool(zero_if_nonfinite))
     norm_type = arguments.as_float("norm_type", norm_type)
     with torch.no_grad():
         selection = Selection(backend, foreach, is_intercepted())
         gradients = read_gradients(listed, selection, norm_type=norm_type, group=group, copies=copies)
         if gradients is None:
-            return _torch_functions.clip_grad_norm_(
-                listed, rule.max_norm, norm_type, error_if_nonfinite, foreach
-            )
+            number = rule.as_torch_takes_it()
+            return _torch_functions.clip_grad_norm_(listed, number, norm_type, error_if_nonfinite, foreach)
         if not gradients.tensors and not gradients.is_sharded:
             return torch.tensor(0.0)
         total_norm, clip_coef = gradients.norm(norm_type, rule)
@@ -146,7 +151,8 @@ def clip_grad_norm_(
             # Read again only to name a tensor: asking what is no leaf for .grad makes torch warn.
             grads = (None if p.grad is None else gradients.on_this_rank(p.grad) for p in listed)
             raise_if_nonfinite(total_norm, norm_type, grads, gradients.is_sharded)
-        gradients.scale_(clip_coef)
+            rule.raise_if_nan(clip_coef)
+        gradients.scale_(clip_coef, rule.zero_if_nonfinite)
         return gradients.as_result(total_norm)
 
 
@@ -190,10 +196,11 @@ def get_total_norm(
 
 def clip_grads_with_norm_(
     parameters: Tensors,
-    max_norm: float,
+    max_norm: float | Tensor,
     total_norm: Tensor,
     foreach: bool | None = None,
     *,
+    zero_if_nonfinite: bool = False,
     backend: str | None = None,
 ) -> None:
     """Scale gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``.
@@ -204,19 +211,26 @@ def clip_grads_with_norm_(
 
     Args:
         parameters: as in :func:`clip_grad_norm_`.
-        max_norm: largest allowed norm, 0 or more; ``inf`` scales nothing.
-        total_norm: real 0-d tensor on any device; half types and integers become float32 first.
-            A DTensor is made whole, which communicates unless it is replicated.
+        max_norm: largest allowed norm, 0 or more; ``inf`` scales nothing. A number or a real tensor,
+            with one element or, of shape [T], with a limit for each parameter.
+        total_norm: real tensor on any device, with one element or, of shape [T], a norm for each
+            parameter; half types and integers become float32 first. T counts the parameters in the order
+            given, a tied one once, and those without a gradient. A DTensor is made whole, which
+            communicates unless it is replicated.
         foreach: as in :func:`clip_grad_norm_`.
+        zero_if_nonfinite: set gradients to +0.0 where their norm is NaN or infinite.
         backend: as in :func:`clip_grad_norm_`.
 
     Raises:
         TypeError: total_norm is not a real tensor; otherwise as :func:`clip_grad_norm_`.
-        ValueError: total_norm is not 0-d; otherwise as :func:`clip_grad_norm_`.
+        ValueError: total_norm or max_norm has neither one nor T elements; otherwise as
+            :func:`clip_grad_norm_`.
+        NotImplementedError: a tensor subclass belongs to torch's function, which takes one norm and a
+            number as max_norm only.
 
     Note:
-        Synchronises only to bring a total_norm from an accelerator to gradients on the CPU. Of
-        DTensors each rank scales its own part, without communication.
+        Synchronises only to bring a total_norm or max_norm from an accelerator to gradients on the
+        CPU. Of DTensors each rank scales its own part, without communication.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -226,17 +240,26 @@ def clip_grads_with_norm_(
         tensor([0.3000, 0.4000])
     """
     listed = arguments.as_list("parameters", parameters)
-    rule = Rule(arguments.as_threshold("max_norm", max_norm))
+    limit = arguments.as_limit(max_norm, allows_function=False)
+    rule = Rule(limit, zero_if_nonfinite=bool(zero_if_nonfinite))
     total_norm = arguments.as_total_norm(total_norm)
     with torch.no_grad():
-        if holds_dtensor([total_norm]):
-            total_norm = total_norm.full_tensor()  # type: ignore[attr-defined]
+        total_norm = whole(total_norm)
+        is_vector = total_norm.dim() != 0 or (isinstance(limit, Tensor) and limit.dim() != 0)
+        segments = Segments(listed) if is_vector else None
+        if segments is not None:
+            segments.check_one_each("max_norm", limit)
+            segments.check_one_each("total_norm", total_norm)
         selection = Selection(backend, foreach, is_intercepted())
         gradients = read_gradients(listed, selection, allows_sparse=True)
         if gradients is None or is_dispatch_subclass(total_norm):
-            _torch_functions.clip_grads_with_norm_(listed, rule.max_norm, total_norm, foreach)
+            number = rule.as_torch_takes_it(total_norm)
+            _torch_functions.clip_grads_with_norm_(listed, number, total_norm, foreach)
         elif gradients.tensors:
-            gradients.scale_(rule.clip_coef(total_norm))
+            clip_coef = rule.clip_coef(total_norm)
+            if segments is not None and isinstance(clip_coef, Tensor):
+                clip_coef = segments.of_gradients(clip_coef, len(gradients.tensors))
+            gradients.scale_(clip_coef, rule.zero_if_nonfinite)
 
 
 def clip_grad_value_(

@@ -23,8 +23,9 @@ from gradclip_ext._dtensors import mesh_of, meshes_of, unwrap
 from gradclip_ext._joint_norm import Call, Copies, JointNorm
 from gradclip_ext._layout import Layout, layout_of
 from gradclip_ext.backends import Selection
-from gradclip_ext.gradients import GradientList
+from gradclip_ext.gradient_list import GradientList
 from gradclip_ext.norms import Coefficient, Rule
+from gradclip_ext.segments import listed_once
 
 
 def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None = None) -> Tensor:
@@ -101,7 +102,7 @@ def warm_up(parameters: Any, *, group: Any = None) -> None:
 def _parameters(parameters: Any) -> list[Tensor]:
     listed = arguments.as_list("parameters", parameters)
     arguments.raise_if_not_tensors("parameters", listed)
-    return gradients.listed_once(listed)
+    return listed_once(listed)
 
 
 # ---------------------------------------------------------------- reading
@@ -120,7 +121,7 @@ def read_gradients(
     copies: Copies | None,
 ) -> GradientList | None:
     """Return what :func:`gradients.read_gradients` does, of parameters with DTensors or for a group."""
-    once = gradients.listed_once(parameters)
+    once = listed_once(parameters)
     if len(once) < len(parameters):
         grads = [p.grad for p in once if p.grad is not None]
     owners = once if len(grads) == len(once) else [p for p in once if p.grad is not None]

@@ -15,115 +15,13 @@ from torch import Tensor
 
 from gradclip_ext import _extension, arguments
 from gradclip_ext.backends import FOREACH, Selection
-from gradclip_ext.backends.base import Backend, TensorList, are_contiguous, is_regular, share_memory
+from gradclip_ext.backends.base import TensorList, are_contiguous, is_regular, share_memory
 from gradclip_ext.checks import check_readable, check_writable
-from gradclip_ext.norms import REPORT, Coefficient, Rule, combine_norms, result_dtype, widest_dtype
+from gradclip_ext.gradient_list import GradientList, Part
+from gradclip_ext.segments import listed_once
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _IS_CPU = operator.attrgetter("is_cpu")
-
-# Tensors of one device and the backend that handles them.
-Part = tuple[Backend, TensorList]
-
-
-class GradientList:
-    """The gradients, or other tensors, of one call.
-
-    Args:
-        tensors: the tensors in the order given.
-        parts: the same tensors by device and backend.
-        written: what to write to, where that differs: memory that two gradients share is listed once.
-        is_intercepted: see :func:`interception.is_intercepted`.
-    """
-
-    #: Whether other ranks wait for this one's part of the norm, even if it has no gradient.
-    is_sharded = False
-
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        parts: list[Part],
-        written: list[Part] | None = None,
-        is_intercepted: bool = False,
-    ) -> None:
-        self.tensors = tensors
-        self._parts = parts
-        self._written = parts if written is None else written
-        self._is_intercepted = is_intercepted
-
-    def dtypes(self) -> frozenset[torch.dtype]:
-        if len(self._parts) == 1:
-            return self._parts[0][1].dtypes
-        return frozenset().union(*(tensors.dtypes for _, tensors in self._parts))
-
-    def has_elements(self) -> bool:
-        """Tell whether some tensor is not empty."""
-        return any(tensors.has_elements() for _, tensors in self._parts)
-
-    def norm(
-        self, norm_type: float, rule: Rule, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Coefficient]:
-        """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
-
-        The norm is a new 0-d tensor on the device of the first gradient, of the dtype given or else float64
-        if one gradient is and float32 if none. Between devices only one 0-d tensor each travels.
-        """
-        dtype = dtype or result_dtype(self.dtypes())
-        device = self.tensors[0].device
-        parts = [part for part in self._parts if part[1].has_elements()]
-        if not norm_type > 0.0:
-            parts = [(b if b.name == "foreach" else FOREACH, tensors) for b, tensors in parts]
-        if len(parts) == 1 and parts[0][1].device == device:
-            backend, tensors = parts[0]
-            return backend.norm(tensors, norm_type, rule, dtype)
-        if not parts:
-            total = torch.zeros((), dtype=dtype, device=device)
-        else:
-            wide = widest_dtype(device)
-            norms = [
-                backend.norm(tensors, norm_type, REPORT, widest_dtype(tensors.device))[0].to(device).to(wide)
-                for backend, tensors in parts
-            ]
-            total = combine_norms(norms, norm_type).to(dtype)
-        return total, rule.clip_coef(total)
-
-    def scale_(self, clip_coef: Coefficient) -> None:
-        """Multiply every gradient by the coefficient; write nothing where it is 1 or more."""
-        self._bump_versions()
-        if isinstance(clip_coef, float) and clip_coef >= 1.0:
-            return
-        for backend, tensors in self._written:
-            backend.scale_(tensors, self._moved(clip_coef, tensors.device))
-
-    def as_result(self, total_norm: Tensor) -> Tensor:
-        """Return a norm as the caller gets it."""
-        return total_norm
-
-    def on_this_rank(self, tensor: Tensor) -> Tensor:
-        """Return what of a gradient lies on this rank."""
-        return tensor
-
-    def clamp_(self, min: float, max: float) -> None:
-        """Clamp every gradient to [min, max]."""
-        self._bump_versions()
-        for backend, tensors in self._written:
-            backend.clamp_(tensors, min, max)
-
-    def _moved(self, clip_coef: Coefficient, device: torch.device) -> Coefficient:
-        if not isinstance(clip_coef, Tensor) or clip_coef.device == device:
-            return clip_coef
-        if clip_coef.is_cpu and not self._is_intercepted:
-            # A copy from the CPU would wait for the device; a number that the host knows is filled in.
-            return clip_coef.new_full((), clip_coef.item(), device=device)
-        return clip_coef.to(device)
-
-    def _bump_versions(self) -> None:
-        """Count one more change, as torch's in-place operations do: a backward that saved a gradient
-        relies on it. Done even if nothing is written, before anything is."""
-        if self._is_intercepted:
-            return  # then torch's operations count
-        torch.autograd.graph.increment_version(self.tensors)  # passes over inference tensors
-
 
 # ---------------------------------------------------------------- reading
 
@@ -268,12 +166,6 @@ def _raise_lone_copies() -> None:
     raise ValueError(
         "copies was passed without group: it says on how many ranks of group= a gradient lies, so pass both"
     )
-
-
-def listed_once(parameters: list[Any]) -> list[Any]:
-    if torch.compiler.is_compiling():  # it traces no id(), and a tensor's hash is its identity
-        return list(dict.fromkeys(parameters))
-    return list({id(p): p for p in parameters}.values())
 
 
 def _grads_of(parameters: list[Any]) -> list[Tensor]:

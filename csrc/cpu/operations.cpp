@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace gradclip::cpu {
@@ -20,6 +21,7 @@ constexpr int64_t kMaxChunksPerRun = 16;
 /// The arguments of a kernel for one chunk.
 struct ChunkData {
   int64_t index;
+  int64_t tensor;
   int dtype;
   void* data;
   int64_t numel;
@@ -52,7 +54,7 @@ void for_each_chunk(const TensorList& list, Order order, const Threads& threads,
         while (index >= prefix[tensor + 1]) ++tensor;
         const Span& grad = list[tensor];
         const Chunk chunk = list.chunk(index, tensor);
-        body({index, static_cast<int>(grad.dtype),
+        body({index, tensor, static_cast<int>(grad.dtype),
               static_cast<char*>(grad.data) + chunk.offset * item_size(grad.dtype), chunk.length});
       }
     }
@@ -89,6 +91,16 @@ double max(const std::vector<double>& partials) {
   return largest;
 }
 
+/// A negative coefficient stands for +0 in place of every element: NaN and inf times 0 are NaN.
+void scale_chunk(const ChunkData& chunk, double coef, const ChunkKernels& kernels) {
+  if (coef < 0) {
+    const auto dtype = static_cast<DType>(chunk.dtype);
+    std::memset(chunk.data, 0, static_cast<size_t>(chunk.numel * item_size(dtype)));
+  } else {
+    kernels.scale[chunk.dtype](chunk.data, chunk.numel, coef);
+  }
+}
+
 double pth_root(double total, double p) {
   return p == 1 ? total : p == 2 ? std::sqrt(total) : std::pow(total, 1 / p);
 }
@@ -122,8 +134,15 @@ double norm(const TensorList& list, double p, const Threads& threads, const Chun
 
 void scale(const TensorList& list, double coef, const Threads& threads,
            const ChunkKernels& kernels) {
+  for_each_chunk(list, Order::kBackward, threads,
+                 [&](const ChunkData& chunk) { scale_chunk(chunk, coef, kernels); });
+}
+
+void scale_each(const TensorList& list, const double* coefs, const Threads& threads,
+                const ChunkKernels& kernels) {
   for_each_chunk(list, Order::kBackward, threads, [&](const ChunkData& chunk) {
-    kernels.scale[chunk.dtype](chunk.data, chunk.numel, coef);
+    if (coefs[chunk.tensor] >= 1) return;
+    scale_chunk(chunk, coefs[chunk.tensor], kernels);
   });
 }
 

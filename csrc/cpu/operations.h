@@ -1,4 +1,4 @@
-// The three operations on a list of tensors on the CPU: norm, scale, clamp.
+// The operations on a list of tensors on the CPU.
 
 #pragma once
 
@@ -34,10 +34,15 @@ struct Threads {
 double norm(const TensorList& list, double p, const Threads& threads,
             const ChunkKernels& kernels = chunk_kernels());
 
-/// Multiplies every element by `coef` in float32 arithmetic (float64 for float64). Begins with the
-/// last chunks, which a preceding norm left in cache. No element may be listed twice.
+/// Multiplies every element by `coef` in float32 arithmetic (float64 for float64), or writes +0 if
+/// it is negative. Begins with the last chunks, which a preceding norm left in cache. No element
+/// may be listed twice.
 void scale(const TensorList& list, double coef, const Threads& threads,
            const ChunkKernels& kernels = chunk_kernels());
+
+/// The same with a coefficient for each tensor. Writes nothing where it is 1 or more.
+void scale_each(const TensorList& list, const double* coefs, const Threads& threads,
+                const ChunkKernels& kernels = chunk_kernels());
 
 /// Clamps every element to [min, max], both rounded to its dtype, and writes only rows that change.
 /// NaN stays NaN. No element may be listed twice.

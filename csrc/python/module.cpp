@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "core/rule.h"
 #include "cpu/operations.h"
@@ -51,6 +52,14 @@ void cpu_scale(const HeldList& list, double clip_coef) {
   cpu::scale(list.spans, clip_coef, threads);
 }
 
+/// `coefs`: the address of one double for each tensor of the list, also for those without elements.
+void cpu_scale_each(const HeldList& list, uint64_t coefs) {
+  const std::vector<double> of_spans = list.of_spans(reinterpret_cast<const double*>(coefs));
+  const cpu::Threads threads = threads_for(list.spans);
+  const ReleaseGil release(list);
+  cpu::scale_each(list.spans, of_spans.data(), threads);
+}
+
 void cpu_clamp(const HeldList& list, double min, double max) {
   const cpu::Threads threads = threads_for(list.spans);
   const ReleaseGil release(list);
@@ -83,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("any_negative", &any_negative);
   m.def("cpu_norm", &cpu_norm);
   m.def("cpu_scale_", &cpu_scale);
+  m.def("cpu_scale_each_", &cpu_scale_each);
   m.def("cpu_clamp_", &cpu_clamp);
 #ifdef GRADCLIP_EXT_WITH_CUDA
   define_cuda(m);

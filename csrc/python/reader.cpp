@@ -126,7 +126,7 @@ bool has_version(PyObject* object) {
 }
 
 /// Adds a tensor to the list, or tells that the kernels do not take it.
-bool add(HeldList& held, PyObject* object, bool is_first) {
+bool add(HeldList& held, PyObject* object, Py_ssize_t position) {
   dlpack::Tensor view;
   if (torch().exchange->view(object, &view) != 0) {
     PyErr_Clear();
@@ -136,7 +136,7 @@ bool add(HeldList& held, PyObject* object, bool is_first) {
                        view.device.type == dlpack::kRocmHost;
   const bool is_cuda = view.device.type == dlpack::kCuda || view.device.type == dlpack::kRocm;
   const int32_t index = is_cuda ? view.device.index : 0;
-  if (is_first) {
+  if (position == 0) {
     held.is_cuda = is_cuda;
     held.device_index = index;
   }
@@ -146,7 +146,10 @@ bool add(HeldList& held, PyObject* object, bool is_first) {
   int64_t numel = 1;
   for (int32_t dim = 0; dim < view.ndim; ++dim) numel *= view.shape[dim];
   held.dtypes |= 1u << static_cast<unsigned>(*dtype);
-  if (numel == 0) return true;
+  if (numel == 0) {
+    held.empty.push_back(position);
+    return true;
+  }
   // Without memory: a tensor of torch._efficientzerotensor, or storage that FSDP has freed.
   if (view.data == nullptr || !is_dense(view)) return false;
   held.spans.add(static_cast<char*>(view.data) + view.byte_offset, numel, *dtype);
@@ -182,16 +185,17 @@ std::optional<HeldList> read_tensors(const py::list& tensors, bool written) {
   held.spans.reserve(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* const object = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!torch().is_plain(object) || !add(held, object, i == 0)) return std::nullopt;
+    if (!torch().is_plain(object) || !add(held, object, i)) return std::nullopt;
     if (written && !has_version(object)) return std::nullopt;
   }
   if (written && aliasing(held.spans) != Aliasing::kNone) return std::nullopt;
   return held;
 }
 
-HeldList from_columns(const py::list& tensors, const std::string& columns, unsigned dtypes,
-                      bool is_cuda, int32_t device_index) {
-  HeldList held{TensorList(cpu::kChunkBytes), tensors, is_cuda, device_index, dtypes};
+HeldList from_columns(const py::list& tensors, const std::string& columns,
+                      const std::vector<int64_t>& empty, unsigned dtypes, bool is_cuda,
+                      int32_t device_index) {
+  HeldList held{TensorList(cpu::kChunkBytes), tensors, is_cuda, device_index, dtypes, empty};
   const size_t count = columns.size() / 17;
   if (columns.size() != 17 * count) throw std::invalid_argument("columns of 17 bytes a tensor");
   held.spans.reserve(static_cast<int64_t>(count));
@@ -203,6 +207,30 @@ HeldList from_columns(const py::list& tensors, const std::string& columns, unsig
     held.spans.add(data, numel, static_cast<DType>(columns[16 * count + i]));
   }
   return held;
+}
+
+std::vector<double> HeldList::of_spans(const double* of_tensors) const {
+  std::vector<double> found;
+  found.reserve(static_cast<size_t>(spans.size()));
+  auto skipped = empty.begin();
+  for (int64_t i = 0; i < spans.size() + static_cast<int64_t>(empty.size()); ++i) {
+    if (skipped != empty.end() && *skipped == i) {
+      ++skipped;
+    } else {
+      found.push_back(of_tensors[i]);
+    }
+  }
+  return found;
+}
+
+void HeldList::to_tensors(const std::vector<double>& of_spans, double* of_tensors) const {
+  auto skipped = empty.begin();
+  int64_t position = 0;
+  for (const double value : of_spans) {
+    for (; skipped != empty.end() && *skipped == position; ++skipped) of_tensors[position++] = 0;
+    of_tensors[position++] = value;
+  }
+  for (; skipped != empty.end(); ++skipped) of_tensors[position++] = 0;
 }
 
 std::string HeldList::columns() const {

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/tensor_list.h"
 #include "python/dlpack.h"
@@ -20,9 +21,15 @@ struct HeldList {
   py::list tensors;      // all of them; nobody else changes this list
   bool is_cuda = false;  // CUDA or ROCm; otherwise in the memory of the host
   int32_t device_index = 0;
-  unsigned dtypes = 0;  // bit d: some tensor, possibly an empty one, has DType d
+  unsigned dtypes = 0;              // bit d: some tensor, possibly an empty one, has DType d
+  std::vector<int64_t> empty = {};  // the positions of the tensors without elements, ascending
 
   bool holds(DType dtype) const { return dtypes >> static_cast<unsigned>(dtype) & 1u; }
+
+  /// From one value for each tensor, those of the tensors that have elements, and back, with 0 for
+  /// the others.
+  std::vector<double> of_spans(const double* of_tensors) const;
+  void to_tensors(const std::vector<double>& of_spans, double* of_tensors) const;
 
   /// The spans as three columns: addresses and numbers of elements as int64, DTypes as bytes.
   /// Equal columns mean equal lists.
@@ -45,8 +52,9 @@ bool can_read();
 std::optional<HeldList> read_tensors(const py::list& tensors, bool written);
 
 /// The same from columns that Python has read, for an older torch. The caller has checked them.
-HeldList from_columns(const py::list& tensors, const std::string& columns, unsigned dtypes,
-                      bool is_cuda, int32_t device_index);
+HeldList from_columns(const py::list& tensors, const std::string& columns,
+                      const std::vector<int64_t>& empty, unsigned dtypes, bool is_cuda,
+                      int32_t device_index);
 
 /// Divides a list of DTensors and plain tensors by mesh and *types* of placements. Returns a list
 /// of (an example of `_spec`, local tensors) in the order of first appearance, with None as the

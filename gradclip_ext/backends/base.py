@@ -59,8 +59,9 @@ class TensorList:
             assert _extension.C is not None
             dtypes = sum(1 << _CODES[dtype] for dtype in self.dtypes)
             is_cuda, index = self.device.type == "cuda", self.device.index or 0
+            empty = [i for i, t in enumerate(self.tensors) if t.numel() == 0]
             self._native = _extension.C.from_columns(
-                list(self.tensors), self.columns(), dtypes, is_cuda, index
+                list(self.tensors), self.columns(), empty, dtypes, is_cuda, index
             )
         return self._native
 
@@ -95,13 +96,14 @@ class Backend(Protocol):
         """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
 
         The norm is a new 0-d tensor of this dtype (float32 or float64) on the device of the tensors, of
-        which one has an element. The orders <= 0 are for ``foreach`` alone.
+        which one has an element. The orders <= 0 are for ``foreach`` alone. The rule is a plain one.
         """
 
-    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
         """Multiply by the coefficient, in float32 arithmetic or wider; write nothing where it is 1 or more.
 
-        The coefficient is a number, or a 0-d tensor on the device of the tensors.
+        The coefficient is a number or, on the device of the tensors, a 0-d tensor or a vector with one for
+        each tensor. If ``may_zero``, it may be ZERO, for +0.0 in place of every element.
         """
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from gradclip_ext import _extension
 from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.foreach import ForeachBackend
 from gradclip_ext.norms import Coefficient, Rule
 
+# For what the CUDA kernels do not do.
+_FOREACH = ForeachBackend()
 _OLDEST_CAPABILITY = (7, 0)  # for launches with more than 4 KB of parameters
 
 
@@ -34,8 +37,12 @@ class CpuBackend:
         # half the time of torch.tensor()
         return torch.scalar_tensor(norm, dtype=dtype, device=tensors.device), clip_coef
 
-    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
-        _extension.C.cpu_scale_(tensors.native(), float(clip_coef))
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
+        if isinstance(clip_coef, Tensor) and clip_coef.dim():
+            coefs = clip_coef.to(torch.float64).contiguous()
+            _extension.C.cpu_scale_each_(tensors.native(), coefs.data_ptr())
+        else:
+            _extension.C.cpu_scale_(tensors.native(), float(clip_coef))
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         _extension.C.cpu_clamp_(tensors.native(), min, max)
@@ -111,7 +118,9 @@ class CudaBackend:
         )
         return norm, clip_coef
 
-    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
+        if may_zero or (isinstance(clip_coef, Tensor) and clip_coef.dim()):
+            return _FOREACH.scale_(tensors, clip_coef, may_zero)
         if not isinstance(clip_coef, Tensor):
             clip_coef = torch.full((), clip_coef, dtype=torch.float64, device=tensors.device)
         stream = torch.cuda.current_stream(tensors.device).cuda_stream

@@ -67,21 +67,18 @@ class ForeachBackend:
         norm = norm.to(dtype)
         return norm, rule.clip_coef(norm)
 
-    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
         if not isinstance(clip_coef, Tensor):
             clip_coef = torch.tensor(clip_coef, dtype=widest_dtype(tensors.device), device=tensors.device)
-        if _host_sees(clip_coef) and clip_coef.item() >= 1.0:
-            return
-        # The coefficient stays a 0-d tensor: as a Python number it would be rounded to bfloat16 along with
-        # the gradient and cost four times the host time.
         scaled = tensors.tensors
         if torch.complex32 in tensors.dtypes:
             scaled = [_without_complex32(t) for t in scaled]
-        for group in _batches(scaled, self._batched):
-            if len(group) > 1:
-                torch._foreach_mul_(group, clip_coef)
-            else:
-                group[0].mul_(clip_coef)
+        if clip_coef.dim():
+            for tensor, coef in zip(scaled, clip_coef.unbind()):
+                _scale_([tensor], coef, may_zero)
+        elif not (_host_sees(clip_coef) and clip_coef.item() >= 1.0):
+            for group in _batches(scaled, self._batched):
+                _scale_(group, clip_coef, may_zero)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
@@ -94,6 +91,24 @@ class ForeachBackend:
                 torch._foreach_clamp_max_(together, max)
             for grad in group if not together else [g for g in group if g.numel() > most]:
                 grad.clamp_(min, max)
+
+
+def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
+    """Multiply by a 0-d coefficient. As a Python number it would be rounded to bfloat16 along with the
+    gradient and cost four times the host time."""
+    if _host_sees(clip_coef) and not 0.0 <= (coef := clip_coef.item()) < 1.0:
+        if coef >= 1.0:
+            return
+        if coef < 0.0:
+            torch._foreach_zero_(tensors)
+            return
+    if len(tensors) > 1:
+        torch._foreach_mul_(tensors, clip_coef)
+    else:
+        tensors[0].mul_(clip_coef)
+    if may_zero and not _host_sees(clip_coef):
+        for tensor in tensors:  # the product may be NaN
+            tensor.masked_fill_(clip_coef < 0.0, 0.0)
 
 
 def _without_complex32(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ BAD_NUMBERS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "text": ("much", ValueError, ("'much'", "number")),
     "None": (None, TypeError, ("None", "number")),
     "list": ([1.0], TypeError, (r"\[1\.0\]", "number")),
-    "two elements": (torch.ones(2), ValueError, (r"shape \(2,\)", "number")),
+    "three elements": (torch.ones(3), ValueError, (r"shape \(3,\)", "number")),
     "complex": (1j, TypeError, ("1j", "number")),
     "huge int": (10**400, ValueError, ("number",)),
 }
@@ -84,6 +84,7 @@ BAD_TOTAL_NORMS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "float": (2.5, TypeError, (r"2\.5", "float", "0-d Tensor", r"torch\.tensor")),
     "None": (None, TypeError, ("None", "0-d Tensor")),
     "empty": (torch.ones(0), ValueError, (r"shape \(0,\)", "one element")),
+    "three elements": (torch.ones(3), ValueError, (r"shape \(3,\)", "one element", "2 parameters")),
     "matrix": (torch.ones(2, 3), ValueError, (r"shape \(2, 3\)", "one element")),
     "complex": (torch.tensor(1j), TypeError, ("torch.complex64", "real", r"abs\(\)")),
 }

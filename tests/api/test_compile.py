@@ -31,9 +31,18 @@ over_compilers = pytest.mark.parametrize(
     ],
 )
 
+FROZEN = torch.nn.Parameter(torch.ones(2))
 FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
     "clip_grad_norm_": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0),
     "clip_grad_norm_, max_norm=inf": lambda ps: gradclip_ext.clip_grad_norm_(ps, math.inf),
+    "max_norm is a tensor": lambda ps: gradclip_ext.clip_grad_norm_(ps, torch.full((1,), 1.0)),
+    "max_norm is a function": lambda ps: gradclip_ext.clip_grad_norm_(ps, lambda norm: norm / 2),
+    "zero_if_nonfinite": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0, zero_if_nonfinite=True),
+    "a norm for each": lambda ps: gradclip_ext.clip_grads_with_norm_(
+        [*ps, ps[0], FROZEN],
+        1.0,
+        torch.stack([*(p.grad.abs().sum() for p in ps), ps[0].grad.sum()]),
+    ),
     "clip_grad_value_": lambda ps: gradclip_ext.clip_grad_value_(ps, 0.1),
     "clamp_grad_": lambda ps: gradclip_ext.clamp_grad_(ps, -0.1, 0.3),
     "get_total_norm": lambda ps: gradclip_ext.get_total_norm([p.grad for p in ps]),

@@ -77,6 +77,21 @@ def test_everything_else(backend: Target) -> None:
         backend.clip_grad_norm_([*params, parameter(params[0].grad[1:4])], 1.0)
 
 
+def test_what_the_device_decides(backend: Target) -> None:
+    """A limit that is a function or a tensor, norms for each parameter, zeros where a norm is not finite."""
+    params = mixed(backend)
+    norms = torch.tensor([2.0, math.nan] * 5)[: len(params)].to(backend.device)
+    with no_sync(backend):
+        backend.clip_grad_norm_(params, lambda norm: norm / 2)
+        backend.clip_grad_norm_([*params, torch.nn.Parameter(torch.ones(2))], 1.0, zero_if_nonfinite=True)
+        backend.clip_grads_with_norm_(params, 1.0, norms, zero_if_nonfinite=True)
+    assert not params[1].grad.any()
+    if backend.device != "cpu":  # on the CPU the host looks at the tensor
+        with no_sync(backend):
+            backend.clip_grad_norm_(params, norms[0])
+            backend.clip_grads_with_norm_(params, norms, norms[0])
+
+
 def test_error_if_nonfinite_is_the_one_exception(backend: Target) -> None:
     params = mixed(backend)
     with pytest.raises((AssertionError, RuntimeError)), no_sync(backend):

@@ -115,6 +115,19 @@ def test_norm_of_dispatch_subclasses() -> None:
     torch.testing.assert_close(norm.inner, torch.cat(tensors).norm())
 
 
+def test_what_torch_cannot_do_is_refused() -> None:
+    inner = [random(64), random(3)]
+    params = [wrapped(inner[0]), parameter(inner[1])]
+    norm = torch.tensor([1.0, 2.0])
+    for words, call in {
+        "max_norm as a tensor or function": lambda: gradclip_ext.clip_grad_norm_(params, lambda n: n),
+        "zero_if_nonfinite": lambda: gradclip_ext.clip_grad_norm_(params, 1.0, zero_if_nonfinite=True),
+        "total_norm of several": lambda: gradclip_ext.clip_grads_with_norm_(params, 1.0, norm),
+    }.items():
+        with oracle.unchanged(inner), pytest.raises(NotImplementedError, match=words):
+            call()
+
+
 def test_wrapped_total_norm() -> None:
     (param,) = (parameter(random(3)),)
     expected = param.grad / 4

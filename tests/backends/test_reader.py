@@ -154,9 +154,9 @@ def test_columns_and_back() -> None:
     tensors = [torch.ones(3), torch.ones(0), torch.ones(2, dtype=torch.float16)]
     columns = TensorList(tensors).columns()
     assert len(columns) == 2 * 17, "an empty tensor has no memory to read"
-    assert C.from_columns(tensors, columns, 0b1001, False, 0).columns == columns
+    assert C.from_columns(tensors, columns, [], 0b1001, False, 0).columns == columns
     with pytest.raises(ValueError, match="17 bytes"):
-        C.from_columns(tensors, columns[1:], 0b1001, False, 0)
+        C.from_columns(tensors, columns[1:], [], 0b1001, False, 0)
 
 
 # ---------------------------------------------------------------- who handles what

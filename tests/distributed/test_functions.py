@@ -100,6 +100,42 @@ def test_total_norm_that_is_a_dtensor(ranks: Ranks) -> None:
     ranks.run(norm_of_torch, SEED)
 
 
+def decided(seed: int) -> None:
+    """A limit that follows from the joint norm, norms for each parameter, zeros on all ranks for one NaN."""
+    seen: list[type] = []
+
+    def half(norm: torch.Tensor) -> torch.Tensor:
+        seen.append(type(norm))
+        return norm / 2
+
+    model = sharded(seed)
+    before = [part.clone() for part in model.parts()]
+    norm = plain(gradclip_ext.clip_grad_norm_(model.params, half))
+    assert seen == [torch.Tensor]
+    oracle.assert_scaled(model.parts(), before, norm, norm.item() / 2)
+
+    before = [part.clone() for part in model.parts()]
+    norms = torch.tensor([4.0, math.nan, 8.0])
+    with collectives() as sent:
+        gradclip_ext.clip_grads_with_norm_(model.params, 1.0, norms, zero_if_nonfinite=True)
+    assert not sent
+    for part, old, one in zip(model.parts(), before, norms):
+        if one.isnan():
+            oracle.assert_same_bits(part, torch.zeros_like(part))
+        else:
+            oracle.assert_scaled([part], [old], one, 1.0)
+
+    if dist.get_rank() == 1:
+        model.parts()[0].view(-1)[0] = math.nan
+    assert plain(gradclip_ext.clip_grad_norm_(model.params, math.inf, zero_if_nonfinite=True)).isnan()
+    for part in model.parts():
+        oracle.assert_same_bits(part, torch.zeros_like(part))
+
+
+def test_limits_and_zeros(ranks: Ranks) -> None:
+    ranks.run(decided, SEED)
+
+
 # ---------------------------------------------------------------- the kind of result
 
 

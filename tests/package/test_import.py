@@ -66,13 +66,18 @@ def test_public_names() -> None:
     assert gradclip_ext.__version__[0].isdigit()
 
 
+ADDED = {
+    "clip_grad_norm_": ["zero_if_nonfinite", "backend", "group", "copies"],
+    "clip_grad_value_": ["backend"],
+    "clip_grads_with_norm_": ["zero_if_nonfinite", "backend"],
+    "get_total_norm": ["backend", "group", "copies"],
+}
+
+
 def test_arguments_have_torchs_names_in_torchs_order() -> None:
     for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"):
         ours = inspect.signature(getattr(gradclip_ext, name)).parameters
         theirs = inspect.signature(getattr(torch.nn.utils, name)).parameters
         positional = {n: p.default for n, p in ours.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY}
         assert list(positional.items()) == [(n, p.default) for n, p in theirs.items()], name
-        added = (
-            ["backend", "group", "copies"] if name in ("clip_grad_norm_", "get_total_norm") else ["backend"]
-        )
-        assert [n for n in ours if n not in positional] == added, name
+        assert [n for n in ours if n not in positional] == ADDED[name], name

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.foreach import ForeachBackend
 from gradclip_ext.backends.triton.launch import (
     Call,
     CompileError,
@@ -33,6 +34,8 @@ from gradclip_ext.norms import REPORT, Coefficient, Rule
 if TYPE_CHECKING:
     from gradclip_ext.backends.base import Backend
 
+# For what the Triton kernels do not do.
+_FOREACH = ForeachBackend()
 _OLDEST_CAPABILITY = (7, 0)
 
 # Vectors that a lane has in flight. With 8, norm_kernel takes 100 registers for half types, so that 4
@@ -69,6 +72,7 @@ class TritonBackend:
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
+        assert isinstance(rule.max_norm, float)
         norm = torch.empty((), dtype=dtype, device=tensors.device)
         clip_coef = None if rule.max_norm == math.inf else torch.empty_like(norm)
         try:
@@ -80,7 +84,9 @@ class TritonBackend:
             return self._fallback_for(error, tensors.device).norm(tensors, norm_type, rule, dtype)
         return norm, 1.0 if clip_coef is None else clip_coef
 
-    def scale_(self, tensors: TensorList, clip_coef: Coefficient) -> None:
+    def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
+        if may_zero or (isinstance(clip_coef, Tensor) and clip_coef.dim()):
+            return _FOREACH.scale_(tensors, clip_coef, may_zero)
         if not isinstance(clip_coef, Tensor):
             clip_coef = torch.full((), clip_coef, dtype=torch.float64, device=tensors.device)
         try:

@@ -1,0 +1,127 @@
+"""The gradients of one call, divided among the backends, and the operations on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradclip_ext.backends import FOREACH
+from gradclip_ext.backends.base import Backend, TensorList
+from gradclip_ext.norms import REPORT, Coefficient, Rule, combine_norms, on_device, result_dtype, widest_dtype
+from gradclip_ext.segments import positions_of, select
+
+# Tensors of one device and the backend that handles them.
+Part = tuple[Backend, TensorList]
+
+
+class GradientList:
+    """The gradients, or other tensors, of one call.
+
+    Args:
+        tensors: the tensors in the order given.
+        parts: the same tensors by device and backend.
+        written: what to write to, where that differs: memory that two gradients share is listed once.
+        is_intercepted: see :func:`interception.is_intercepted`.
+    """
+
+    #: Whether other ranks wait for this one's part of the norm, even if it has no gradient.
+    is_sharded = False
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        parts: list[Part],
+        written: list[Part] | None = None,
+        is_intercepted: bool = False,
+    ) -> None:
+        self.tensors = tensors
+        self._parts = parts
+        self._written = parts if written is None else written
+        self._is_intercepted = is_intercepted
+
+    def dtypes(self) -> frozenset[torch.dtype]:
+        if len(self._parts) == 1:
+            return self._parts[0][1].dtypes
+        return frozenset().union(*(tensors.dtypes for _, tensors in self._parts))
+
+    def has_elements(self) -> bool:
+        """Tell whether some tensor is not empty."""
+        return any(tensors.has_elements() for _, tensors in self._parts)
+
+    def norm(
+        self, norm_type: float, rule: Rule, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Coefficient]:
+        """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
+
+        The norm is a new 0-d tensor on the device of the first gradient, of the dtype given or else float64
+        if one gradient is and float32 if none. Between devices only one 0-d tensor each travels.
+        """
+        dtype = dtype or result_dtype(self.dtypes())
+        device = self.tensors[0].device
+        parts = [part for part in self._parts if part[1].has_elements()]
+        if not norm_type > 0.0:
+            parts = [(b if b.name == "foreach" else FOREACH, tensors) for b, tensors in parts]
+        if len(parts) == 1 and parts[0][1].device == device:
+            backend, tensors = parts[0]
+            if rule.is_plain:
+                return backend.norm(tensors, norm_type, rule, dtype)
+            total, _ = backend.norm(tensors, norm_type, REPORT, dtype)
+            return total, rule.clip_coef(total)
+        if not parts:
+            total = torch.zeros((), dtype=dtype, device=device)
+        else:
+            wide = widest_dtype(device)
+            norms = [
+                backend.norm(tensors, norm_type, REPORT, widest_dtype(tensors.device))[0].to(device).to(wide)
+                for backend, tensors in parts
+            ]
+            total = combine_norms(norms, norm_type).to(dtype)
+        return total, rule.clip_coef(total)
+
+    def scale_(self, clip_coef: Coefficient, may_zero: bool = False) -> None:
+        """Multiply every gradient by the coefficient; write nothing where it is 1 or more.
+
+        Args:
+            clip_coef: a number, a 0-d tensor, or a vector with one coefficient for each gradient. Memory
+                that gradients share is scaled once, by the first one's.
+            may_zero: the coefficient may be ZERO, for +0.0 in place of every element.
+        """
+        self._bump_versions()
+        if not isinstance(clip_coef, Tensor):
+            if clip_coef >= 1.0:
+                return
+        elif clip_coef.dim():
+            return self._scale_each_(clip_coef, may_zero)
+        for backend, tensors in self._written:
+            moved = clip_coef if isinstance(clip_coef, float) else on_device(clip_coef, tensors.device)
+            backend.scale_(tensors, moved, may_zero)
+
+    def _scale_each_(self, clip_coefs: Tensor, may_zero: bool) -> None:
+        for backend, tensors in self._written:
+            coefs = clip_coefs
+            if len(self._written) > 1 or len(tensors.tensors) < len(self.tensors):
+                coefs = select(clip_coefs, positions_of(tensors.tensors, self.tensors))
+            backend.scale_(tensors, on_device(coefs, tensors.device), may_zero)
+
+    def as_result(self, total_norm: Tensor) -> Tensor:
+        """Return a norm as the caller gets it."""
+        return total_norm
+
+    def on_this_rank(self, tensor: Tensor) -> Tensor:
+        """Return what of a gradient lies on this rank."""
+        return tensor
+
+    def clamp_(self, min: float, max: float) -> None:
+        """Clamp every gradient to [min, max]."""
+        self._bump_versions()
+        for backend, tensors in self._written:
+            backend.clamp_(tensors, min, max)
+
+    def _bump_versions(self) -> None:
+        """Count one more change, as torch's in-place operations do: a backward that saved a gradient
+        relies on it. Done even if nothing is written, before anything is."""
+        if self._is_intercepted:
+            return  # then torch's operations count
+        torch.autograd.graph.increment_version(self.tensors)  # passes over inference tensors
