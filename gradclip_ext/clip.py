@@ -15,6 +15,7 @@ from gradclip_ext.checks import check_representable
 from gradclip_ext.gradients import is_dispatch_subclass, read_gradients, read_tensors
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import Limit, Rule, raise_if_nonfinite, whole
+from gradclip_ext.per_tensor import clip_each_
 from gradclip_ext.segments import Segments
 
 if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
@@ -33,6 +34,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    per_tensor: bool = False,
     zero_if_nonfinite: bool = False,
     backend: str | None = None,
     group: Group | Sequence[Group] | None = None,
@@ -59,6 +61,10 @@ def clip_grad_norm_(
         norm_type: order p of the norm: any number, ``inf`` for the largest magnitude,
             0 for the number of tensors with a nonzero element.
         error_if_nonfinite: raise instead of clipping when the norm is NaN or infinite.
+        per_tensor: clip each gradient by its own norm instead of all by their joint norm. max_norm then
+            may be a tensor of shape [T] with a limit for each parameter, a function gets all T norms, and
+            what is said of a NaN or infinite norm applies to each gradient alone. T counts the parameters
+            in the order given, a tied one once, and those without a gradient, whose norm is 0.
         zero_if_nonfinite: set all gradients to +0.0 when the norm is NaN or infinite, whatever max_norm
             is. The step is not skipped: Adam and momentum move the weights for a zero gradient, too.
         foreach: None or True lets a whole list be handled at once, False takes one tensor
@@ -81,7 +87,8 @@ def clip_grad_norm_(
 
     Returns:
         A new 0-d tensor on the device of the first gradient, float32 or float64. With no
-        gradient at all, ``torch.tensor(0.0)``. Where torch returns a DTensor (DTensors of one
+        gradient at all, ``torch.tensor(0.0)``. With per_tensor, the norms of shape [T], all of one
+        dtype. Where torch returns a DTensor (DTensors of one
         mesh, no group), a replicated DTensor. The same bits on all ranks.
 
     Raises:
@@ -90,11 +97,11 @@ def clip_grad_norm_(
             nor a function, or the function returns anything else; group is not one of its types,
             or this rank is not in it.
         ValueError: max_norm is negative or NaN (where the host can see it), or a tensor of several
-            elements; error_if_nonfinite and zero_if_nonfinite are both set; the backend does not
-            exist; DTensors lie on
-            meshes over different ranks and group is None; meshes overlap and none holds the
-            ranks of all; a group overlaps the ranks before it in part; copies returns less
-            than 1 or more than there are, or is passed without group.
+            elements (with per_tensor, not of T); per_tensor is combined with group; error_if_nonfinite
+            and zero_if_nonfinite are both set; the backend does not exist; DTensors lie on meshes over
+            different ranks and group is None; meshes overlap and none holds the ranks of all; a group
+            overlaps the ranks before it in part; copies returns less than 1 or more than there are, or
+            is passed without group.
         RuntimeError: error_if_nonfinite is set and the norm is NaN or infinite (the message
             names the first tensor that is to blame, and on the other ranks says that theirs
             are finite); a gradient is expanded; foreach=True on a device without foreach
@@ -104,6 +111,7 @@ def clip_grad_norm_(
         NotImplementedError: norm_type is 0 or a placement is not supported, among DTensors of
             several meshes, plain tensors or a group. With one mesh alone, torch's function
             handles these, but with a number as max_norm and without zero_if_nonfinite only.
+            per_tensor with DTensors.
 
     Note:
         Does not synchronise with an accelerator unless error_if_nonfinite is set, or a group
@@ -135,11 +143,14 @@ def clip_grad_norm_(
         networks", ICML 2013, algorithm 1.
     """
     listed = arguments.as_list("parameters", parameters)
-    limit = arguments.as_limit(max_norm, allows_vector=False)
+    limit = arguments.as_limit(max_norm, allows_vector=bool(per_tensor))
     rule = Rule(limit, bool(error_if_nonfinite), bool(zero_if_nonfinite))
     norm_type = arguments.as_float("norm_type", norm_type)
     with torch.no_grad():
         selection = Selection(backend, foreach, is_intercepted())
+        if per_tensor:
+            arguments.refuse_groups("per_tensor=True", group, copies)
+            return clip_each_(listed, norm_type, rule, selection)
         gradients = read_gradients(listed, selection, norm_type=norm_type, group=group, copies=copies)
         if gradients is None:
             number = rule.as_torch_takes_it()

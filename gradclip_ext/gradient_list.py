@@ -80,6 +80,29 @@ class GradientList:
             total = combine_norms(norms, norm_type).to(dtype)
         return total, rule.clip_coef(total)
 
+    def clip_each_(self, norm_type: float, rule: Rule) -> Tensor:
+        """Scale every gradient by the coefficient for its own norm, and return those norms, before scaling.
+
+        Args:
+            norm_type: the order of the norms.
+            rule: a number as max_norm or, on the device of the first gradient, a tensor with one element or
+                one for each gradient. REPORT changes nothing.
+        """
+        dtype, device = result_dtype(self.dtypes()), self.tensors[0].device
+        parts = [(FOREACH if not norm_type > 0.0 and b.name != "foreach" else b, ts) for b, ts in self._parts]
+        is_whole = len(parts) == 1 and parts[0][1].device == device
+        if rule is REPORT or (is_whole and self._written is self._parts):
+            if rule is not REPORT:
+                self._bump_versions()
+            norms = [on_device(b.clip_each_(ts, norm_type, rule, dtype), device) for b, ts in parts]
+            if len(norms) == 1:
+                return norms[0]
+            listed = [t for _, ts in parts for t in ts.tensors]
+            return select(torch.cat(norms), positions_of(self.tensors, listed))
+        each = self.clip_each_(norm_type, REPORT)
+        self.scale_(rule.clip_coef(each), rule.zero_if_nonfinite)
+        return each
+
     def scale_(self, clip_coef: Coefficient, may_zero: bool = False) -> None:
         """Multiply every gradient by the coefficient; write nothing where it is 1 or more.
 

@@ -30,6 +30,11 @@ def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
     return (pivot * (x / pivot).pow(norm_type).sum().pow(1 / norm_type)).item()
 
 
+def norms(tensors: Iterable[Tensor], norm_type: float = 2.0) -> list[float]:
+    """Return the norm of each tensor, 0 without elements; order 0 is 1 where an element is nonzero."""
+    return [total_norm([tensor], norm_type) for tensor in tensors]
+
+
 def clip_coef(max_norm: float, norm: float) -> float:
     """Return min(1, max_norm / (norm + 1e-6)); NaN stays NaN, and max_norm = inf means 1."""
     if math.isinf(max_norm):

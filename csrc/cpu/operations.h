@@ -2,9 +2,11 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "chunk_kernels.h"
+#include "core/rule.h"
 #include "core/tensor_list.h"
 
 namespace gradclip::cpu {
@@ -43,6 +45,32 @@ void scale(const TensorList& list, double coef, const Threads& threads,
 /// The same with a coefficient for each tensor. Writes nothing where it is 1 or more.
 void scale_each(const TensorList& list, const double* coefs, const Threads& threads,
                 const ChunkKernels& kernels = chunk_kernels());
+
+/// What the norm of each tensor is compared with.
+struct EachRule {
+  const double* max_norms;  // of the tensors, or of all of them
+  int64_t stride;           // 1 or 0
+  bool is_float64;          // the dtype of the norms: float64 or float32
+  bool zero_if_nonfinite;
+
+  /// The norm as the caller gets it; one beyond float32 is inf.
+  double rounded(double norm) const {
+    return is_float64 ? norm : static_cast<double>(static_cast<float>(norm));
+  }
+  /// The coefficient for a rounded norm. A limit below 0 acts as 0, and NaN as a NaN norm.
+  double clip_coef(double norm, int64_t tensor) const {
+    const double max_norm = max_norms[tensor * stride];
+    if (zero_if_nonfinite && (!std::isfinite(norm) || std::isnan(max_norm))) return -1;
+    if (std::isnan(max_norm)) return max_norm;
+    const Rule rule{max_norm < 0 ? 0 : max_norm};
+    return is_float64 ? rule.clip_coef(norm) : rule.clip_coef(static_cast<float>(norm));
+  }
+};
+
+/// Clips each tensor by its own norm, which it writes to `norms`. The bits are those of norm() and
+/// scale() of that tensor alone. No element may be listed twice, unless every limit is inf.
+void clip_each(const TensorList& list, double p, const EachRule& rule, const Threads& threads,
+               double* norms, const ChunkKernels& kernels = chunk_kernels());
 
 /// Clamps every element to [min, max], both rounded to its dtype, and writes only rows that change.
 /// NaN stays NaN. No element may be listed twice.

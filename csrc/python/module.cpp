@@ -60,6 +60,23 @@ void cpu_scale_each(const HeldList& list, uint64_t coefs) {
   cpu::scale_each(list.spans, of_spans.data(), threads);
 }
 
+/// Clips each tensor by its own norm. Every address is that of doubles, one for each tensor of the
+/// list, also for those without elements; `max_norms` with `stride` 0 is that of one double.
+void cpu_clip_each(const HeldList& list, double p, uint64_t max_norms, int64_t stride,
+                   bool is_float64, bool zero_if_nonfinite, uint64_t norms) {
+  const auto* limits = reinterpret_cast<const double*>(max_norms);
+  const std::vector<double> of_spans = stride == 0 ? std::vector<double>{*limits}  //
+                                                   : list.of_spans(limits);
+  std::vector<double> found(static_cast<size_t>(list.spans.size()));
+  {
+    const cpu::EachRule rule{of_spans.data(), stride, is_float64, zero_if_nonfinite};
+    const cpu::Threads threads = threads_for(list.spans);
+    const ReleaseGil release(list);
+    cpu::clip_each(list.spans, p, rule, threads, found.data());
+  }
+  list.to_tensors(found, reinterpret_cast<double*>(norms));
+}
+
 void cpu_clamp(const HeldList& list, double min, double max) {
   const cpu::Threads threads = threads_for(list.spans);
   const ReleaseGil release(list);
@@ -93,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_norm", &cpu_norm);
   m.def("cpu_scale_", &cpu_scale);
   m.def("cpu_scale_each_", &cpu_scale_each);
+  m.def("cpu_clip_each_", &cpu_clip_each);
   m.def("cpu_clamp_", &cpu_clamp);
 #ifdef GRADCLIP_EXT_WITH_CUDA
   define_cuda(m);

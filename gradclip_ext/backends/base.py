@@ -106,6 +106,14 @@ class Backend(Protocol):
         each tensor. If ``may_zero``, it may be ZERO, for +0.0 in place of every element.
         """
 
+    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
+        """Scale each tensor by the rule's coefficient for its own norm, and return those norms.
+
+        The norms, as long a vector as the list, are of this dtype (float32 or float64) on the device of the
+        tensors, with 0 for those without elements. The rule has a number as max_norm or, there, a tensor with
+        one element or one for each tensor. The orders <= 0 are for ``foreach`` alone.
+        """
+
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         """Clamp to [min, max]; NaN stays NaN."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradclip_ext import _extension
 from gradclip_ext.backends.base import TensorList
-from gradclip_ext.backends.foreach import ForeachBackend
+from gradclip_ext.backends.foreach import ClipsEachByForeach, ForeachBackend
 from gradclip_ext.norms import Coefficient, Rule
 
 # For what the CUDA kernels do not do.
@@ -44,11 +44,25 @@ class CpuBackend:
         else:
             _extension.C.cpu_scale_(tensors.native(), float(clip_coef))
 
+    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
+        norms = torch.empty(len(tensors.tensors), dtype=torch.float64, device=tensors.device)
+        limits = torch.as_tensor(rule.max_norm, dtype=torch.float64, device=tensors.device).contiguous()
+        _extension.C.cpu_clip_each_(
+            tensors.native(),
+            norm_type,
+            limits.data_ptr(),
+            limits.dim(),  # the stride
+            dtype is torch.float64,
+            rule.zero_if_nonfinite,
+            norms.data_ptr(),
+        )
+        return norms.to(dtype)
+
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         _extension.C.cpu_clamp_(tensors.native(), min, max)
 
 
-class CudaBackend:
+class CudaBackend(ClipsEachByForeach):
     """Tensors on NVIDIA GPUs, by the kernels in csrc/cuda, on the current stream of their device.
 
     Results and scratch memory come from torch's allocator; the scratch memory goes back to it, for later

@@ -69,6 +69,8 @@ class ForeachBackend:
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
         if not isinstance(clip_coef, Tensor):
+            if clip_coef >= 1.0:
+                return
             clip_coef = torch.tensor(clip_coef, dtype=widest_dtype(tensors.device), device=tensors.device)
         scaled = tensors.tensors
         if torch.complex32 in tensors.dtypes:
@@ -79,6 +81,17 @@ class ForeachBackend:
         elif not (_host_sees(clip_coef) and clip_coef.item() >= 1.0):
             for group in _batches(scaled, self._batched):
                 _scale_(group, clip_coef, may_zero)
+
+    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
+        if _host_sees(tensors.tensors[0]):
+            small = _SMALL if self._batched else 0
+            none = torch.zeros((), dtype=torch.float64, device="cpu")
+            each = [_host_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
+        else:
+            each = _device_norms(tensors.tensors, norm_type, self._batched)
+        norms = torch.stack(each).to(dtype)
+        self.scale_(tensors, rule.clip_coef(norms), rule.zero_if_nonfinite)
+        return norms
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
@@ -91,6 +104,13 @@ class ForeachBackend:
                 torch._foreach_clamp_max_(together, max)
             for grad in group if not together else [g for g in group if g.numel() > most]:
                 grad.clamp_(min, max)
+
+
+class ClipsEachByForeach:
+    """What backends inherit whose kernels do not clip each tensor by its own norm."""
+
+    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
+        return ForeachBackend().clip_each_(tensors, norm_type, rule, dtype)
 
 
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
@@ -280,6 +300,26 @@ def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
             norms.append(torch.linalg.vector_norm(group[0], p, dtype=wide))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), p)
     return total
+
+
+def _device_norms(tensors: Sequence[Tensor], p: float, batched: bool) -> list[Tensor]:
+    """Return the norm of each tensor: of those of one dtype by one call, where torch has fused kernels."""
+    wide = widest_dtype(tensors[0].device)
+    wide_complex = torch.complex64 if wide == torch.float32 else torch.complex128
+    norms: dict[int, Tensor] = {}
+    together: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() == 0:
+            norms[index] = torch.zeros((), dtype=wide, device=tensor.device)
+        elif tensor.is_complex() or not batched or is_intercepted() or flat_view(tensor) is None:
+            dtype = wide_complex if tensor.is_complex() else wide
+            norms[index] = torch.linalg.vector_norm(tensor, p, dtype=dtype)
+        else:
+            together.setdefault(tensor.dtype, []).append(index)
+    for indices in together.values():
+        norms.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], p, dtype=wide)))
+    in_order = [norms[index] for index in range(len(tensors))]
+    return [norm.ne(0.0).to(wide) for norm in in_order] if p == 0.0 else in_order
 
 
 # ---------------------------------------------------------------- both

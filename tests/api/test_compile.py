@@ -43,6 +43,10 @@ FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
         1.0,
         torch.stack([*(p.grad.abs().sum() for p in ps), ps[0].grad.sum()]),
     ),
+    "per_tensor": lambda ps: gradclip_ext.clip_grad_norm_([*ps, ps[0]], 1.0, per_tensor=True),
+    "per_tensor with a function": lambda ps: gradclip_ext.clip_grad_norm_(
+        [FROZEN, *ps], lambda norms: norms / 2, per_tensor=True
+    ),
     "clip_grad_value_": lambda ps: gradclip_ext.clip_grad_value_(ps, 0.1),
     "clamp_grad_": lambda ps: gradclip_ext.clamp_grad_(ps, -0.1, 0.3),
     "get_total_norm": lambda ps: gradclip_ext.get_total_norm([p.grad for p in ps]),
@@ -76,7 +80,7 @@ def assert_like_eager(
     results = compiled(ours), eager(theirs)
     assert (results[0] is None) == (results[1] is None), what
     if results[0] is not None:
-        assert results[0].dtype == results[1].dtype and results[0].shape == (), what
+        assert results[0].dtype == results[1].dtype and results[0].shape == results[1].shape, what
         oracle.assert_same_specials(*results, what=what)
         torch.testing.assert_close(*results, rtol=1e-6, atol=0.0, equal_nan=True)
     for one, other in zip(grads_of(ours), grads_of(theirs)):

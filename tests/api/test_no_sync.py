@@ -85,11 +85,14 @@ def test_what_the_device_decides(backend: Target) -> None:
         backend.clip_grad_norm_(params, lambda norm: norm / 2)
         backend.clip_grad_norm_([*params, torch.nn.Parameter(torch.ones(2))], 1.0, zero_if_nonfinite=True)
         backend.clip_grads_with_norm_(params, 1.0, norms, zero_if_nonfinite=True)
+        backend.clip_grad_norm_(params, 1.0, per_tensor=True, zero_if_nonfinite=True)
+        backend.clip_grad_norm_([*params, params[0]], lambda norms: norms / 2, per_tensor=True)
     assert not params[1].grad.any()
     if backend.device != "cpu":  # on the CPU the host looks at the tensor
         with no_sync(backend):
             backend.clip_grad_norm_(params, norms[0])
             backend.clip_grads_with_norm_(params, norms, norms[0])
+            backend.clip_grad_norm_([*params, torch.nn.Parameter(torch.ones(2))], norms[:1], per_tensor=True)
 
 
 def test_error_if_nonfinite_is_the_one_exception(backend: Target) -> None:

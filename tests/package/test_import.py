@@ -67,7 +67,7 @@ def test_public_names() -> None:
 
 
 ADDED = {
-    "clip_grad_norm_": ["zero_if_nonfinite", "backend", "group", "copies"],
+    "clip_grad_norm_": ["per_tensor", "zero_if_nonfinite", "backend", "group", "copies"],
     "clip_grad_value_": ["backend"],
     "clip_grads_with_norm_": ["zero_if_nonfinite", "backend"],
     "get_total_norm": ["backend", "group", "copies"],

@@ -1,0 +1,45 @@
+"""Clipping each gradient by its own norm: ``clip_grad_norm_(..., per_tensor=True)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext.backends import Selection
+from gradclip_ext.gradients import read_gradients
+from gradclip_ext.norms import REPORT, Rule, raise_if_nonfinite
+from gradclip_ext.segments import Segments
+
+
+def clip_each_(parameters: list[Any], norm_type: float, rule: Rule, selection: Selection) -> Tensor:
+    """Scale each gradient so that its own norm is at most the limit; return the norms [T] from before.
+
+    Where the limits are known beforehand, a backend may scale each tensor while it is in cache.
+    """
+    segments = Segments(parameters)
+    segments.check_one_each("max_norm", rule.max_norm)
+    gradients = read_gradients(segments.parameters, selection, norm_type=norm_type)
+    if gradients is None or gradients.is_sharded:
+        raise NotImplementedError(
+            "per_tensor=True: not supported for DTensors, whose norms would have to be reduced over ranks "
+            "one by one, nor for other tensors that dispatch by themselves: clip by the joint norm instead"
+        )
+    if not gradients.tensors:
+        return torch.zeros(len(segments.parameters), dtype=torch.float32, device="cpu")
+    count = len(gradients.tensors)
+    if isinstance(rule.max_norm, (float, Tensor)) and not rule.error_if_nonfinite:
+        if isinstance(rule.max_norm, Tensor) and rule.max_norm.dim():
+            limits = segments.of_gradients(rule.max_norm, count)
+            rule = Rule(limits, zero_if_nonfinite=rule.zero_if_nonfinite)
+        return segments.of_parameters(gradients.clip_each_(norm_type, rule))
+    norms = segments.of_parameters(gradients.clip_each_(norm_type, REPORT))
+    clip_coef = rule.clip_coef(norms)
+    if rule.error_if_nonfinite:
+        raise_if_nonfinite(norms, norm_type, [p.grad for p in parameters])
+        rule.raise_if_nan(clip_coef)
+    if isinstance(clip_coef, Tensor) and clip_coef.dim():
+        clip_coef = segments.of_gradients(clip_coef, count)
+    gradients.scale_(clip_coef, rule.zero_if_nonfinite)
+    return norms
