@@ -214,6 +214,14 @@ double run_kernel(const std::string& isa, const std::string& kernel, const std::
     if (kernel == "sum_magnitudes") return kernels->sum_magnitudes[d](data, numel);
     if (kernel == "max_magnitude") return kernels->max_magnitude[d](data, numel);
     if (kernel == "sum_powers") return kernels->sum_powers[d](data, numel, x, y);
+    if (kernel.rfind("statistics.", 0) == 0) {
+      cpu::ChunkStatistics found;
+      kernels->statistics[d](data, numel, &found);
+      if (kernel == "statistics.sum_squares") return found.sum_squares;
+      if (kernel == "statistics.largest") return found.largest;
+      if (kernel == "statistics.zeros") return static_cast<double>(found.zeros);
+      if (kernel == "statistics.nonfinite") return static_cast<double>(found.nonfinite);
+    }
     if (kernel == "scale") return kernels->scale[d](data, numel, x), 0;
     if (kernel == "clamp") return kernels->clamp[d](data, numel, x, y), 0;
   }

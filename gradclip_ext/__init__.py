@@ -15,13 +15,16 @@ from gradclip_ext.clip import (
 )
 from gradclip_ext.hooks import register_clamp_hook
 from gradclip_ext.patch import patch_torch, unpatch_torch
+from gradclip_ext.statistics import GradStats, get_grad_stats
 
 __all__ = [
+    "GradStats",
     "__version__",
     "clamp_grad_",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "get_grad_stats",
     "get_total_norm",
     "patch_torch",
     "register_clamp_hook",

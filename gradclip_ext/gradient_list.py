@@ -103,6 +103,25 @@ class GradientList:
         self.scale_(rule.clip_coef(each), rule.zero_if_nonfinite)
         return each
 
+    def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
+        """Return the norm of all elements, and the rows of :meth:`Backend.statistics` for all tensors, in
+        float64 on the device of the first one."""
+        device = self.tensors[0].device
+        totals, rows = [], []
+        for backend, tensors in self._parts:
+            if not norm_type > 0.0 and backend.name != "foreach":
+                backend = FOREACH  # noqa: PLW2901
+            packed = backend.statistics(tensors, norm_type)
+            packed = on_device(packed, device).to(widest_dtype(device))
+            rows.append(packed[1:].view(4, -1))
+            if tensors.has_elements():
+                totals.append(packed[0])
+        if len(rows) == 1:
+            return packed[0], rows[0]
+        listed = [t for _, tensors in self._parts for t in tensors.tensors]
+        total = combine_norms(totals, norm_type) if totals else packed[0]
+        return total, select(torch.cat(rows, dim=-1), positions_of(self.tensors, listed))
+
     def scale_(self, clip_coef: Coefficient, may_zero: bool = False) -> None:
         """Multiply every gradient by the coefficient; write nothing where it is 1 or more.
 

@@ -56,7 +56,7 @@ def read_gradients(
     """
     if copies is not None and group is None:
         _raise_lone_copies()
-    grads = _grads_of(parameters)
+    grads = grads_of(parameters)
     # A rank without some gradient, even without any, takes part like those that have it.
     is_sharded = group is not None or (len(grads) < len(parameters) and holds_dtensor(parameters))
     if not is_sharded:
@@ -85,7 +85,7 @@ def read_gradients(
     check_readable(grads, allows_sparse)
     check_writable(grads, allows_lazy=selection.loops)
     once = listed_once(parameters)
-    return _divided(_grads_of(once) if len(once) < len(parameters) else grads, selection)
+    return _divided(grads_of(once) if len(once) < len(parameters) else grads, selection)
 
 
 def read_written(
@@ -168,7 +168,8 @@ def _raise_lone_copies() -> None:
     )
 
 
-def _grads_of(parameters: list[Any]) -> list[Tensor]:
+def grads_of(parameters: list[Any]) -> list[Tensor]:
+    """Return the gradients of those parameters that have one, in order."""
     try:
         if _extension.C is None or torch.compiler.is_compiling():
             return [grad for grad in [p.grad for p in parameters] if grad is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
 def norms(tensors: Iterable[Tensor], norm_type: float = 2.0) -> list[float]:
     """Return the norm of each tensor, 0 without elements; order 0 is 1 where an element is nonzero."""
     return [total_norm([tensor], norm_type) for tensor in tensors]
+
+
+class Statistics(NamedTuple):
+    norm: float
+    absmax: float
+    zeros: int
+    nonfinite: int
+
+
+def statistics(tensors: Iterable[Tensor], norm_type: float = 2.0) -> list[Statistics]:
+    """Return for each tensor its norm, largest magnitude, and numbers of zeros and of non-finite elements."""
+    return [
+        Statistics(
+            total_norm([tensor], norm_type),
+            total_norm([tensor], math.inf),
+            int((_wide(tensor) == 0).sum()),
+            int((~torch.isfinite(_wide(tensor))).sum()),
+        )
+        for tensor in tensors
+    ]
 
 
 def clip_coef(max_norm: float, norm: float) -> float:

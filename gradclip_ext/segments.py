@@ -37,10 +37,11 @@ class Segments:
         return select(values, [i for i, p in enumerate(self.parameters) if p.grad is not None])
 
     def of_parameters(self, values: Tensor) -> Tensor:
-        """Return values for all parameters, of shape [T]: those of the gradients, and 0 without one."""
-        if len(values) == len(self.parameters):
+        """Return values for all parameters, of shape [..., T]: those of the gradients, and 0 without one."""
+        count = values.shape[-1]
+        if count == len(self.parameters):
             return values
-        indices = iter(range(len(values)))
+        indices = iter(range(count))
         return select(values, [None if p.grad is None else next(indices) for p in self.parameters])
 
 
@@ -51,7 +52,7 @@ def listed_once(parameters: list[Any]) -> list[Any]:
 
 
 def select(values: Tensor, indices: Sequence[int | None]) -> Tensor:
-    """Return ``values[indices]``, with 0 for None.
+    """Return ``values[..., indices]``, with 0 for None.
 
     By slices, of which most lists need few: a tensor of indices would have to be copied to the device, and
     the host would wait for that.
@@ -65,9 +66,10 @@ def select(values: Tensor, indices: Sequence[int | None]) -> Tensor:
         if end < len(indices) and (is_run or (before is None and after is None)):
             continue
         count = end - start
-        pieces.append(values.new_zeros(count) if first is None else values[first : first + count])
+        zeros = (*values.shape[:-1], count)
+        pieces.append(values.new_zeros(zeros) if first is None else values[..., first : first + count])
         start = end
-    return torch.cat(pieces) if pieces else values[:0]
+    return torch.cat(pieces, dim=-1) if pieces else values[..., :0]
 
 
 def positions_of(tensors: Sequence[Tensor], listed: Sequence[Tensor]) -> list[int]:

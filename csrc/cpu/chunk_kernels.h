@@ -9,6 +9,14 @@
 
 namespace gradclip::cpu {
 
+/// What get_grad_stats asks of a chunk.
+struct ChunkStatistics {
+  double sum_squares;
+  double largest;  // the largest |x|; NaN if an element is NaN
+  int64_t zeros;
+  int64_t nonfinite;
+};
+
 /// The kernels of one instruction set. Each works on one chunk of up to 64 KiB.
 struct ChunkKernels {
   /// Name of the instruction set, for reports.
@@ -22,6 +30,8 @@ struct ChunkKernels {
   double (*max_magnitude[kDTypes])(const void* data, int64_t numel);
   /// The sum of |x / pivot|^p in float64, for p > 0 and a finite pivot > 0.
   double (*sum_powers[kDTypes])(const void* data, int64_t numel, double p, double pivot);
+  /// All of these in one pass; the sum has the bits of sum_squares.
+  void (*statistics[kDTypes])(const void* data, int64_t numel, ChunkStatistics* out);
   /// x *= coef, computed in float32 (float64 for float64) and rounded once.
   void (*scale[kDTypes])(void* data, int64_t numel, double coef);
   /// Clamps to [min, max], both rounded to the dtype; NaN stays NaN. Writes only rows that change.

@@ -72,6 +72,20 @@ struct EachRule {
 void clip_each(const TensorList& list, double p, const EachRule& rule, const Threads& threads,
                double* norms, const ChunkKernels& kernels = chunk_kernels());
 
+/// What is known of one tensor. Counts are exact as doubles.
+struct TensorStatistics {
+  double norm;
+  double largest;  // the largest |x|; NaN if an element is NaN
+  double zeros;
+  double nonfinite;
+};
+
+/// Writes the statistics of each tensor, with the norm of order p, and returns the norm of all
+/// elements; both norms are those of norm(). Reads the list once for the orders 1, 2 and inf,
+/// unless a sum of float64 elements leaves the range, and five times for others.
+double statistics(const TensorList& list, double p, const Threads& threads, TensorStatistics* out,
+                  const ChunkKernels& kernels = chunk_kernels());
+
 /// Clamps every element to [min, max], both rounded to its dtype, and writes only rows that change.
 /// NaN stays NaN. No element may be listed twice.
 void clamp(const TensorList& list, double min, double max, const Threads& threads,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "norm.h"
+#include "statistics.h"
 #include "update.h"
 
 namespace gradclip::cpu::GRADCLIP_ISA {
@@ -15,8 +16,8 @@ namespace gradclip::cpu::GRADCLIP_ISA {
 
 const ChunkKernels kKernels = {
     GRADCLIP_NAME_OF(GRADCLIP_ISA), GRADCLIP_EACH(sum_squares), GRADCLIP_EACH(sum_magnitudes),
-    GRADCLIP_EACH(max_magnitude),   GRADCLIP_EACH(sum_powers),  GRADCLIP_EACH(scale),
-    GRADCLIP_EACH(clamp),
+    GRADCLIP_EACH(max_magnitude),   GRADCLIP_EACH(sum_powers),  GRADCLIP_EACH(statistics),
+    GRADCLIP_EACH(scale),           GRADCLIP_EACH(clamp),
 };
 
 }  // namespace gradclip::cpu::GRADCLIP_ISA

@@ -77,6 +77,26 @@ void cpu_clip_each(const HeldList& list, double p, uint64_t max_norms, int64_t s
   list.to_tensors(found, reinterpret_cast<double*>(norms));
 }
 
+/// Writes the norm of the list and then, one after the other, the norms, largest magnitudes, and
+/// numbers of zero and of non-finite elements of its tensors: 1 + 4 n doubles.
+void cpu_statistics(const HeldList& list, double p, uint64_t packed) {
+  std::vector<cpu::TensorStatistics> found(static_cast<size_t>(list.spans.size()));
+  auto* out = reinterpret_cast<double*>(packed);
+  {
+    const cpu::Threads threads = threads_for(list.spans);
+    const ReleaseGil release(list);
+    *out++ = cpu::statistics(list.spans, p, threads, found.data());
+  }
+  const size_t tensors = found.size() + list.empty.size();
+  std::vector<double> column(found.size());
+  for (const auto field : {&cpu::TensorStatistics::norm, &cpu::TensorStatistics::largest,
+                           &cpu::TensorStatistics::zeros, &cpu::TensorStatistics::nonfinite}) {
+    for (size_t i = 0; i < found.size(); ++i) column[i] = found[i].*field;
+    list.to_tensors(column, out);
+    out += tensors;
+  }
+}
+
 void cpu_clamp(const HeldList& list, double min, double max) {
   const cpu::Threads threads = threads_for(list.spans);
   const ReleaseGil release(list);
@@ -111,6 +131,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale_", &cpu_scale);
   m.def("cpu_scale_each_", &cpu_scale_each);
   m.def("cpu_clip_each_", &cpu_clip_each);
+  m.def("cpu_statistics", &cpu_statistics);
   m.def("cpu_clamp_", &cpu_clamp);
 #ifdef GRADCLIP_EXT_WITH_CUDA
   define_cuda(m);

@@ -114,6 +114,14 @@ class Backend(Protocol):
         one element or one for each tensor. The orders <= 0 are for ``foreach`` alone.
         """
 
+    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
+        """Return the norm of all elements, and four rows with a column for each tensor: its norm, its largest
+        magnitude (NaN if one is), how many elements are 0 and how many NaN or infinite.
+
+        A new vector of 1 + 4 n elements on the device of the tensors, in float64 (float32 where a device has
+        nothing wider). The norms are 0 without elements. The orders <= 0 are for ``foreach`` alone.
+        """
+
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         """Clamp to [min, max]; NaN stays NaN."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradclip_ext import _extension
 from gradclip_ext.backends.base import TensorList
-from gradclip_ext.backends.foreach import ClipsEachByForeach, ForeachBackend
+from gradclip_ext.backends.foreach import ForeachBackend, SegmentsByForeach
 from gradclip_ext.norms import Coefficient, Rule
 
 # For what the CUDA kernels do not do.
@@ -58,11 +58,16 @@ class CpuBackend:
         )
         return norms.to(dtype)
 
+    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
+        packed = torch.empty(1 + 4 * len(tensors.tensors), dtype=torch.float64, device=tensors.device)
+        _extension.C.cpu_statistics(tensors.native(), norm_type, packed.data_ptr())
+        return packed
+
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         _extension.C.cpu_clamp_(tensors.native(), min, max)
 
 
-class CudaBackend(ClipsEachByForeach):
+class CudaBackend(SegmentsByForeach):
     """Tensors on NVIDIA GPUs, by the kernels in csrc/cuda, on the current stream of their device.
 
     Results and scratch memory come from torch's allocator; the scratch memory goes back to it, for later

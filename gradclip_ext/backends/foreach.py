@@ -18,7 +18,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 
 from gradclip_ext.backends.base import TensorList, flat_view, share_memory
 from gradclip_ext.interception import is_intercepted
-from gradclip_ext.norms import Coefficient, Rule, widest_dtype
+from gradclip_ext.norms import Coefficient, Rule, combine_norms, widest_dtype
 
 # Elements of one row of a float32 reduction. torch keeps 8 running sums a row, so 64 roundings
 # follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
@@ -83,15 +83,27 @@ class ForeachBackend:
                 _scale_(group, clip_coef, may_zero)
 
     def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
-        if _host_sees(tensors.tensors[0]):
-            small = _SMALL if self._batched else 0
-            none = torch.zeros((), dtype=torch.float64, device="cpu")
-            each = [_host_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
-        else:
-            each = _device_norms(tensors.tensors, norm_type, self._batched)
-        norms = torch.stack(each).to(dtype)
+        norms = self._norms(tensors, norm_type).to(dtype)
         self.scale_(tensors, rule.clip_coef(norms), rule.zero_if_nonfinite)
         return norms
+
+    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
+        norms, wide = self._norms(tensors, norm_type), widest_dtype(tensors.device)
+        with_elements = [norm for norm, t in zip(norms.unbind(), tensors.tensors) if t.numel() > 0]
+        total = combine_norms(with_elements, norm_type) if with_elements else norms.new_zeros(())
+        zeros = torch.stack([t.numel() - torch.count_nonzero(t) for t in tensors.tensors])
+        nonfinite = torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors.tensors])
+        largest = norms if norm_type == math.inf else self._norms(tensors, math.inf)
+        return torch.cat([total.reshape(1), norms, largest, zeros.to(wide), nonfinite.to(wide)])
+
+    def _norms(self, tensors: TensorList, norm_type: float) -> Tensor:
+        """Return the norm of each tensor in float64, 0 without elements."""
+        if not _host_sees(tensors.tensors[0]):
+            return torch.stack(_device_norms(tensors.tensors, norm_type, self._batched))
+        small = _SMALL if self._batched else 0
+        none = torch.zeros((), dtype=torch.float64, device="cpu")
+        each = [_host_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
+        return torch.stack([norm.to(torch.float64) for norm in each])
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
@@ -106,11 +118,14 @@ class ForeachBackend:
                 grad.clamp_(min, max)
 
 
-class ClipsEachByForeach:
-    """What backends inherit whose kernels do not clip each tensor by its own norm."""
+class SegmentsByForeach:
+    """What backends inherit whose kernels have no results for each tensor."""
 
     def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
         return ForeachBackend().clip_each_(tensors, norm_type, rule, dtype)
+
+    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
+        return ForeachBackend().statistics(tensors, norm_type)
 
 
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:

@@ -47,6 +47,7 @@ FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
     "per_tensor with a function": lambda ps: gradclip_ext.clip_grad_norm_(
         [FROZEN, *ps], lambda norms: norms / 2, per_tensor=True
     ),
+    "get_grad_stats": lambda ps: gradclip_ext.get_grad_stats([FROZEN, *ps]).norms,
     "clip_grad_value_": lambda ps: gradclip_ext.clip_grad_value_(ps, 0.1),
     "clamp_grad_": lambda ps: gradclip_ext.clamp_grad_(ps, -0.1, 0.3),
     "get_total_norm": lambda ps: gradclip_ext.get_total_norm([p.grad for p in ps]),

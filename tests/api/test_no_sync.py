@@ -87,6 +87,8 @@ def test_what_the_device_decides(backend: Target) -> None:
         backend.clip_grads_with_norm_(params, 1.0, norms, zero_if_nonfinite=True)
         backend.clip_grad_norm_(params, 1.0, per_tensor=True, zero_if_nonfinite=True)
         backend.clip_grad_norm_([*params, params[0]], lambda norms: norms / 2, per_tensor=True)
+        backend.get_grad_stats([*params, torch.nn.Parameter(torch.ones(2))])
+        backend.get_grad_stats(params, 3.0)
     assert not params[1].grad.any()
     if backend.device != "cpu":  # on the CPU the host looks at the tensor
         with no_sync(backend):

@@ -66,6 +66,28 @@ def test_reductions(isa: str, dtype: torch.dtype, kernel: str) -> None:
 
 @over_instruction_sets
 @over_dtypes
+def test_statistics(isa: str, dtype: torch.dtype) -> None:
+    """The sum has the bits of sum_squares; what pads the last row is not counted."""
+    for numel in SIZES[1:]:
+        for factor in (1.0, 0.0, 1e-25, 1e-4):
+            values = values_of(dtype, numel).mul_(factor)
+            values[torch.rand(numel) < 0.2] = 0.0
+            values[torch.rand(numel) < 0.1] = -0.0
+            for special in (None, math.inf, -math.inf, math.nan):
+                if special is not None:
+                    values[int(torch.randint(numel, ()))] = special
+                x = placed(values, numel % 4)[0]
+                squares = run(isa, "sum_squares", x)
+                found = run(isa, "statistics.sum_squares", x)
+                assert found == squares or (math.isnan(found) and math.isnan(squares)), numel
+                largest, expected = run(isa, "statistics.largest", x), run(isa, "max_magnitude", x)
+                assert largest == expected or (math.isnan(largest) and math.isnan(expected)), numel
+                assert run(isa, "statistics.zeros", x) == int((x == 0).sum()), numel
+                assert run(isa, "statistics.nonfinite", x) == int((~x.isfinite()).sum()), numel
+
+
+@over_instruction_sets
+@over_dtypes
 @pytest.mark.parametrize("kernel", REDUCTIONS)
 def test_reductions_see_every_nonfinite_value(isa: str, dtype: torch.dtype, kernel: str) -> None:
     arguments, _ = REDUCTIONS[kernel]

@@ -52,11 +52,13 @@ def test_import() -> None:
 
 def test_public_names() -> None:
     assert set(gradclip_ext.__all__) == {
+        "GradStats",
         "__version__",
         "clamp_grad_",
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",
+        "get_grad_stats",
         "get_total_norm",
         "patch_torch",
         "register_clamp_hook",

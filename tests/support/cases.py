@@ -177,6 +177,10 @@ class Target:
         return functools.partial(gradclip_ext.clip_grads_with_norm_, **self.options)
 
     @property
+    def get_grad_stats(self) -> Callable[..., gradclip_ext.GradStats]:
+        return functools.partial(gradclip_ext.get_grad_stats, backend=self.name)
+
+    @property
     def clip_grad_value_(self) -> Callable[..., None]:
         return functools.partial(gradclip_ext.clip_grad_value_, **self.options)
 

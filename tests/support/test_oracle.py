@@ -133,6 +133,8 @@ def test_reference_agrees_with_numbers_known_by_heart() -> None:
         assert reference.total_norm(tensors, norm_type) == pytest.approx(value, rel=1e-15)
     assert reference.total_norm([], 2.0) == 0.0
     assert reference.norms(tensors) == [3.0, 4.0, 0.0] and reference.norms(tensors, 0.0) == [1.0, 1.0, 0.0]
+    assert reference.statistics(tensors) == [(3.0, 3.0, 0, 0), (4.0, 4.0, 1, 0), (0.0, 0.0, 0, 0)]
+    assert reference.statistics([torch.tensor([math.inf, -0.0])]) == [(math.inf, math.inf, 1, 1)]
     assert reference.clip_coef(1.0, 4.0) == pytest.approx(0.25, rel=1e-6)
     assert reference.clip_coef(9.0, 4.0) == 1.0 and reference.clip_coef(math.inf, math.nan) == 1.0
     assert math.isnan(reference.clip_coef(1.0, math.nan))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext.backends.base import TensorList
-from gradclip_ext.backends.foreach import ClipsEachByForeach, ForeachBackend
+from gradclip_ext.backends.foreach import ForeachBackend, SegmentsByForeach
 from gradclip_ext.backends.triton.launch import (
     Call,
     CompileError,
@@ -48,7 +48,7 @@ _FINALIZE_LANES = 512
 _FINALIZE_BLOCK = 4096
 
 
-class TritonBackend(ClipsEachByForeach):
+class TritonBackend(SegmentsByForeach):
     """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter.
 
     A kernel is compiled when it is first needed, which takes about a second; Triton needs a C compiler for

@@ -1,0 +1,194 @@
+"""Statistics of gradients: norms, largest magnitudes, zeros and non-finite values of every parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import arguments
+from gradclip_ext.backends import Selection
+from gradclip_ext.gradients import grads_of, read_tensors
+from gradclip_ext.interception import is_intercepted
+from gradclip_ext.norms import result_dtype
+from gradclip_ext.segments import Segments
+
+
+class GradStats:
+    """What :func:`get_grad_stats` found, with T parameters in the order given.
+
+    Attributes:
+        total_norm: norm of all gradients as one vector, 0-d, float32 or float64 as that of
+            :func:`get_total_norm`: pass it to :func:`clip_grads_with_norm_` to clip without another read.
+        norms: norm of each gradient, float64 [T]; 0 without a gradient.
+        absmax: largest magnitude in each gradient, float64 [T]; NaN if an element is NaN.
+        zeros: how many elements of each gradient are 0 (or -0), int64 [T].
+        nonfinite: how many elements of each gradient are NaN or infinite, int64 [T].
+        numel: how many elements each gradient has, a tuple of T ints; 0 without a gradient.
+        names: the names of the parameters, a tuple of T strings: those that were passed, or a module's, or
+            else their positions.
+
+    The tensors are on the device of the first gradient (float32 where a device has no float64).
+
+    Example:
+        >>> weight, bias = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+        >>> weight.grad = torch.tensor([3.0, -4.0])
+        >>> get_grad_stats([("weight", weight), ("bias", bias)])
+        GradStats(total_norm=5.0, 2 parameters)
+    """
+
+    def __init__(
+        self, total_norm: Tensor, rows: Tensor, numel: tuple[int, ...], names: tuple[str, ...] | None
+    ) -> None:
+        self.total_norm = total_norm
+        self._rows = rows
+        self._names = names
+        self.numel = numel
+
+    @property
+    def norms(self) -> Tensor:
+        return self._rows[0]
+
+    @property
+    def absmax(self) -> Tensor:
+        return self._rows[1]
+
+    @property
+    def zeros(self) -> Tensor:
+        return self._rows[2].to(torch.int64)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        return self._rows[3].to(torch.int64)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        if self._names is None:
+            return tuple(map(str, range(len(self.numel))))
+        return self._names
+
+    def to_dict(self, prefix: str = "grad") -> dict[str, float]:
+        """Return everything as numbers, for wandb.log or one add_scalar for each.
+
+        Args:
+            prefix: the first part of each key.
+
+        Returns:
+            ``grad/norm``, ``grad/absmax``, ``grad/zeros`` and ``grad/nonfinite`` of all gradients together,
+            and ``grad/norm/NAME`` for each parameter.
+
+        Note:
+            Waits for the device: one copy brings all of it to the host.
+        """
+        values = torch.cat([self.total_norm.to(self._rows.dtype).reshape(1), self._rows.flatten()]).tolist()
+        count = len(self.numel)
+        total, norms, absmax, zeros, nonfinite = (
+            values[:1],
+            *(values[1 + row * count : 1 + (row + 1) * count] for row in range(4)),
+        )
+        found = {
+            f"{prefix}/norm": total[0],
+            # max() loses a NaN that does not come first
+            f"{prefix}/absmax": math.nan if any(map(math.isnan, absmax)) else max(absmax, default=0.0),
+            f"{prefix}/zeros": sum(zeros),
+            f"{prefix}/nonfinite": sum(nonfinite),
+        }
+        found.update((f"{prefix}/norm/{name}", norm) for name, norm in zip(self.names, norms))
+        return found
+
+    def __repr__(self) -> str:
+        return f"GradStats(total_norm={self.total_norm}, {len(self.numel)} parameters)"
+
+
+def get_grad_stats(
+    parameters: torch.nn.Module | Tensor | Iterable[Tensor | tuple[str, Tensor]],
+    norm_type: float = 2.0,
+    *,
+    backend: str | None = None,
+) -> GradStats:
+    """Return norms, largest magnitudes, zeros and non-finite values of all gradients, from one read.
+
+    What one would log beside the loss. On the CPU this takes the time of :func:`get_total_norm`, for the
+    orders 1, 2 and inf.
+
+    Args:
+        parameters: a module, a tensor or an iterable of tensors, or of pairs of a name and a tensor, as
+            ``named_parameters()`` gives them. Their ``.grad`` is only read. One listed twice counts once;
+            one without a gradient counts with 0 everywhere.
+        norm_type: order p of the norms, as in :func:`clip_grad_norm_`.
+        backend: as in :func:`clip_grad_norm_`.
+
+    Returns:
+        A :class:`GradStats`, whose tensors stay on the device of the first gradient.
+
+    Raises:
+        TypeError: an element or gradient is of the wrong kind (not a tensor, sparse, integer, float8).
+        ValueError: the backend does not exist.
+        NotImplementedError: a gradient is a DTensor or another tensor that dispatches by itself.
+
+    Note:
+        Does not synchronise with an accelerator, until :meth:`GradStats.to_dict`; does not communicate.
+        Deterministic; sums are accumulated as in :func:`clip_grad_norm_`. Call it before clipping: afterwards
+        the gradients are other ones.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(3))
+        >>> weight.grad = torch.tensor([3.0, 0.0, -4.0])
+        >>> stats = get_grad_stats([("weight", weight)])
+        >>> stats.total_norm, stats.zeros
+        (tensor(5.), tensor([1]))
+        >>> stats.to_dict()["grad/norm/weight"]
+        5.0
+        >>> clip_grads_with_norm_([weight], 1.0, stats.total_norm)
+    """
+    listed, names = _named(parameters)
+    norm_type = arguments.as_float("norm_type", norm_type)
+    with torch.no_grad():
+        segments = Segments(listed)
+        grads = grads_of(segments.parameters)
+        count = len(segments.parameters)
+        if names is not None and count < len(listed):
+            first = dict(zip(map(id, reversed(listed)), reversed(names)))
+            names = [first[id(p)] for p in segments.parameters]
+        if not grads:
+            none = torch.zeros(4, count, dtype=torch.float64, device="cpu")
+            total = torch.zeros((), dtype=torch.float32, device="cpu")
+            return GradStats(total, none, (0,) * count, None if names is None else tuple(names))
+        given = read_tensors(grads, Selection(backend, None, is_intercepted()), norm_type=norm_type)
+        if given is None or given.is_sharded:
+            raise NotImplementedError(
+                "get_grad_stats: not supported for DTensors, whose statistics would have to be reduced over "
+                "ranks, nor for other tensors that dispatch by themselves: pass the local tensors, or use "
+                "get_total_norm"
+            )
+        total, rows = given.statistics(norm_type)
+        numels = iter(map(Tensor.numel, grads))
+        if len(grads) == count:
+            numel = tuple(numels)
+        else:
+            numel = tuple(0 if p.grad is None else next(numels) for p in segments.parameters)
+            rows = segments.of_parameters(rows)
+        total = total.to(result_dtype(given.dtypes()))
+        return GradStats(total, rows, numel, None if names is None else tuple(names))
+
+
+def _named(parameters: Any) -> tuple[list[Any], list[str] | None]:
+    """Return the parameters, and their names if the caller gave any."""
+    if isinstance(parameters, torch.nn.Module):
+        pairs = list(parameters.named_parameters())
+    else:
+        listed = arguments.as_list("parameters", parameters)
+        if not listed or not isinstance(listed[0], tuple):
+            return listed, None
+        pairs = listed
+    for index, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(
+                f"element {index} of parameters is a {type(pair).__name__}, after pairs of a name and a "
+                "tensor: pass pairs only, or tensors only"
+            )
+    arguments.raise_if_not_tensors("parameters", [pair[1] for pair in pairs])
+    return [pair[1] for pair in pairs], [pair[0] for pair in pairs]
