@@ -30,7 +30,7 @@ SANITIZED = env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-fi
 # Started through Python's -c, because `python -m pytest` would import the sources' own build first.
 SANITIZED_TESTS := kernels/test_index_arithmetic kernels/test_cpu_kernels backends/test_reader \
   backends/test_cpu_threads $(addprefix api/test_,clip_grad_norm clip_grad_value clamp_grad \
-  clip_grads_with_norm get_total_norm nonfinite bad_lists bad_gradients bookkeeping shared_memory \
+  clip_grads_with_norm get_total_norm max_norm per_tensor get_grad_stats adaptive_clip_grad nonfinite bad_lists bad_gradients bookkeeping shared_memory \
   unusual_gradients)
 
 # A torch that is built for CUDA, for a toolkit that nvcc belongs to. Needs no GPU.

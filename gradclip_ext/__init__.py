@@ -6,6 +6,7 @@ CUDA context.
 """
 
 from gradclip_ext._version import __version__
+from gradclip_ext.adaptive import adaptive_clip_grad_
 from gradclip_ext.clip import (
     clamp_grad_,
     clip_grad_norm_,
@@ -20,6 +21,7 @@ from gradclip_ext.statistics import GradStats, get_grad_stats
 __all__ = [
     "GradStats",
     "__version__",
+    "adaptive_clip_grad_",
     "clamp_grad_",
     "clip_grad_norm_",
     "clip_grad_value_",

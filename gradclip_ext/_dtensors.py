@@ -101,6 +101,27 @@ def why_unsupported(tensor: Tensor) -> str | None:
     return None
 
 
+def weights_with_whole_units(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each weight, for adaptive clipping, which looks at slices along dimension 0.
+
+    Raises:
+        NotImplementedError: a weight or gradient is divided in another way, so that no rank has whole slices.
+    """
+    for index, pair in enumerate(zip(parameters, grads)):
+        for what, tensor in zip(("parameter", "gradient"), pair):
+            placements = tensor._spec.placements if type(tensor) is DTensor else ()
+            for placement in placements:
+                is_cut = tensor.dim() > 1 and getattr(placement, "dim", None) == 0
+                is_cut = is_cut and type(placement) in _SHARDS
+                if type(placement) is not Replicate and not is_cut:
+                    raise NotImplementedError(
+                        f"{what} {index} (shape {tuple(tensor.shape)}) has the placements {placements}, so "
+                        "no rank has whole slices along dimension 0, which adaptive clipping compares: leave "
+                        "it out, or redistribute it to Shard(0), or to Replicate below two dimensions"
+                    )
+    return unwrap(parameters)[0]
+
+
 def replicated(norm: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return a norm that all ranks have as a DTensor."""
     return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradclip_ext.backends import FOREACH
-from gradclip_ext.backends.base import Backend, TensorList
-from gradclip_ext.norms import REPORT, Coefficient, Rule, combine_norms, on_device, result_dtype, widest_dtype
+from gradclip_ext.backends.base import Backend, TensorList, are_contiguous, has_flat_units, is_regular
+from gradclip_ext.norms import (
+    REPORT,
+    AdaptiveRule,
+    Coefficient,
+    Rule,
+    combine_norms,
+    on_device,
+    result_dtype,
+    widest_dtype,
+)
 from gradclip_ext.segments import positions_of, select
 
 # Tensors of one device and the backend that handles them.
@@ -155,6 +165,23 @@ class GradientList:
         """Return what of a gradient lies on this rank."""
         return tensor
 
+    def clip_adaptive_(self, weights: Sequence[Tensor], rule: AdaptiveRule) -> None:
+        """Scale each unit of every gradient by the coefficient for its norm and its weight's.
+
+        Args:
+            weights: one for each gradient, of its shape and on its device. Memory that gradients share is
+                scaled once, by the first one's weight.
+            rule: makes the coefficient.
+        """
+        self._bump_versions()
+        for backend, tensors in self._written:
+            beside = list(weights)
+            if len(self._written) > 1 or len(tensors.tensors) < len(self.tensors):
+                beside = [weights[i] for i in positions_of(tensors.tensors, self.tensors)]
+            kernels = backend if rule.norm_type > 0.0 else FOREACH
+            for part in _by_layout_of_units(kernels, tensors, beside):
+                part.backend.clip_adaptive_(part.grads, part.weights, rule)
+
     def clamp_(self, min: float, max: float) -> None:
         """Clamp every gradient to [min, max]."""
         self._bump_versions()
@@ -167,3 +194,22 @@ class GradientList:
         if self._is_intercepted:
             return  # then torch's operations count
         torch.autograd.graph.increment_version(self.tensors)  # passes over inference tensors
+
+
+class _Weighted(NamedTuple):
+    backend: Backend
+    grads: TensorList
+    weights: TensorList
+
+
+def _by_layout_of_units(backend: Backend, grads: TensorList, weights: list[Tensor]) -> list[_Weighted]:
+    """Set apart the gradients and weights whose units kernels cannot read as ranges of memory."""
+    if backend.name == "foreach" or (are_contiguous(weights) and are_contiguous(grads.tensors)):
+        return [_Weighted(backend, grads, TensorList(weights))]
+    parts: list[_Weighted] = []
+    fits = [is_regular(w) and has_flat_units(w) and has_flat_units(g) for g, w in zip(grads.tensors, weights)]
+    for of, wanted in ((backend, True), (FOREACH, False)):
+        pairs = [pair for pair, fit in zip(zip(grads.tensors, weights), fits) if fit is wanted]
+        if pairs:
+            parts.append(_Weighted(of, TensorList([g for g, _ in pairs]), TensorList([w for _, w in pairs])))
+    return parts

@@ -101,7 +101,7 @@ def read_written(
 
 
 def _divided(grads: list[Tensor], selection: Selection) -> GradientList:
-    plain = _as_plain(grads)
+    plain = as_plain(grads)
     written = _distinct_memory(plain)
     parts = _parts(plain, selection, is_written=len(written) == len(plain))
     if len(written) == len(plain):
@@ -145,7 +145,7 @@ def read_only(tensors: list[Tensor], selection: Selection) -> GradientList:
     if gradients is not None:
         return gradients
     check_readable(tensors)
-    plain = _as_plain(tensors)
+    plain = as_plain(tensors)
     return GradientList(plain, _parts(plain, selection), is_intercepted=selection.is_intercepted)
 
 
@@ -245,7 +245,7 @@ def is_dispatch_subclass(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def _as_plain(tensors: list[Tensor]) -> list[Tensor]:
+def as_plain(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors with ``__torch_function__`` subclasses replaced by plain views of them."""
     if _all_plain(tensors):
         return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,6 +155,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 REPORT = Rule(math.inf)
+
+
+class AdaptiveRule(NamedTuple):
+    """What adaptive clipping makes of the norm of a unit and that of its weight."""
+
+    norm_type: float
+    clip_factor: float
+    eps: float
+
+    def clip_coef(self, norm: Tensor, weight_norm: Tensor) -> Tensor:
+        """Return limit / norm where the norm is not below the limit, clip_factor * max(weight_norm, eps), and
+        1 elsewhere. AdaptiveRule in csrc/cpu/operations.h is the same."""
+        limit = weight_norm.clamp(min=self.eps) * self.clip_factor
+        return torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6))
 
 
 def result_dtype(dtypes: Collection[torch.dtype]) -> torch.dtype:

@@ -74,5 +74,26 @@ def clamp(tensors: Iterable[Tensor], min: float, max: float) -> list[Tensor]:
     return [_wide(t).clamp(min, max) for t in tensors]
 
 
+def adaptive_clip(
+    grads: Iterable[Tensor],
+    weights: Iterable[Tensor],
+    clip_factor: float,
+    eps: float,
+    norm_type: float = 2.0,
+) -> list[Tensor]:
+    """Return every gradient with its slices along dimension 0 clipped beside those of its weight."""
+    clipped = []
+    for grad, weight in zip(grads, weights):
+        result = _wide(grad).clone()
+        units = zip(result, weight) if grad.dim() > 1 else [(result, weight)]
+        for unit, weight_unit in units:
+            limit = clip_factor * max(total_norm([weight_unit], norm_type), eps)
+            norm = total_norm([unit], norm_type)
+            if not norm < limit:
+                unit.mul_(limit / max(norm, 1e-6))
+        clipped.append(result)
+    return clipped
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -86,6 +86,27 @@ struct TensorStatistics {
 double statistics(const TensorList& list, double p, const Threads& threads, TensorStatistics* out,
                   const ChunkKernels& kernels = chunk_kernels());
 
+/// Compares the norm of a unit of a gradient with that of its weight.
+struct AdaptiveRule {
+  double p;
+  double clip_factor;
+  double eps;
+
+  /// limit / norm where the norm is not below the limit, clip_factor * max(weight_norm, eps);
+  /// else 1. NaN stays NaN.
+  double clip_coef(double norm, double weight_norm) const {
+    const double limit = clip_factor * (weight_norm < eps ? eps : weight_norm);
+    return norm < limit ? 1 : limit / (norm < 1e-6 ? 1e-6 : norm);
+  }
+};
+
+/// Clips each unit of each gradient. A tensor has `units` of them, which lie one after the other;
+/// the lists are of equal lengths, the tensors of equal sizes. No element may be listed twice among
+/// the gradients.
+void clip_adaptive(const TensorList& grads, const TensorList& weights, const int64_t* units,
+                   const AdaptiveRule& rule, const Threads& threads,
+                   const ChunkKernels& kernels = chunk_kernels());
+
 /// Clamps every element to [min, max], both rounded to its dtype, and writes only rows that change.
 /// NaN stays NaN. No element may be listed twice.
 void clamp(const TensorList& list, double min, double max, const Threads& threads,

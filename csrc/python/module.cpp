@@ -97,6 +97,15 @@ void cpu_statistics(const HeldList& list, double p, uint64_t packed) {
   }
 }
 
+/// `units`: the number of units of each tensor that has elements.
+void cpu_clip_adaptive(const HeldList& grads, const HeldList& weights,
+                       const std::vector<int64_t>& units, double p, double clip_factor,
+                       double eps) {
+  const cpu::Threads threads = threads_for(grads.spans);
+  const ReleaseGil release(grads);
+  cpu::clip_adaptive(grads.spans, weights.spans, units.data(), {p, clip_factor, eps}, threads);
+}
+
 void cpu_clamp(const HeldList& list, double min, double max) {
   const cpu::Threads threads = threads_for(list.spans);
   const ReleaseGil release(list);
@@ -132,6 +141,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale_each_", &cpu_scale_each);
   m.def("cpu_clip_each_", &cpu_clip_each);
   m.def("cpu_statistics", &cpu_statistics);
+  m.def("cpu_clip_adaptive_", &cpu_clip_adaptive);
   m.def("cpu_clamp_", &cpu_clamp);
 #ifdef GRADCLIP_EXT_WITH_CUDA
   define_cuda(m);

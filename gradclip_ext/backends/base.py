@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _extension
-from gradclip_ext.norms import Coefficient, Rule
+from gradclip_ext.norms import AdaptiveRule, Coefficient, Rule
 
 # The dtypes that kernels know, in the order of DType in csrc/core/tensor_list.h.
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -122,6 +122,13 @@ class Backend(Protocol):
         nothing wider). The norms are 0 without elements. The orders <= 0 are for ``foreach`` alone.
         """
 
+    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
+        """Scale each unit of each gradient by the rule's coefficient for its norm and its weight's.
+
+        Each weight has the shape of its gradient. For a backend with kernels, both are regular, and units
+        are contiguous in both (see :func:`has_flat_units`).
+        """
+
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         """Clamp to [min, max]; NaN stays NaN."""
 
@@ -156,6 +163,17 @@ def flat_view(tensor: Tensor) -> Tensor | None:
     if not tensor.is_contiguous():
         tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     return tensor.view(-1) if tensor.is_contiguous() else None
+
+
+def units_of(tensor: Tensor) -> int:
+    """Return the number of units of adaptive clipping: slices along dimension 0, or 1 below 2 dimensions."""
+    return tensor.shape[0] if tensor.dim() > 1 else 1
+
+
+def has_flat_units(tensor: Tensor) -> bool:
+    """Tell whether the units of a regular tensor are contiguous: dimension 0 is the outermost in memory."""
+    units = units_of(tensor)
+    return units <= 1 or tensor.numel() == 0 or tensor.stride(0) * units == tensor.numel()
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:

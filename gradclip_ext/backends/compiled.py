@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _extension
-from gradclip_ext.backends.base import TensorList
+from gradclip_ext.backends.base import TensorList, units_of
 from gradclip_ext.backends.foreach import ForeachBackend, SegmentsByForeach
-from gradclip_ext.norms import Coefficient, Rule
+from gradclip_ext.norms import AdaptiveRule, Coefficient, Rule
 
 # For what the CUDA kernels do not do.
 _FOREACH = ForeachBackend()
@@ -62,6 +62,10 @@ class CpuBackend:
         packed = torch.empty(1 + 4 * len(tensors.tensors), dtype=torch.float64, device=tensors.device)
         _extension.C.cpu_statistics(tensors.native(), norm_type, packed.data_ptr())
         return packed
+
+    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
+        units = [units_of(grad) for grad in grads.tensors if grad.numel() > 0]
+        _extension.C.cpu_clip_adaptive_(grads.native(), weights.native(), units, *rule)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         _extension.C.cpu_clamp_(tensors.native(), min, max)

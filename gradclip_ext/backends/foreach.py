@@ -18,7 +18,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 
 from gradclip_ext.backends.base import TensorList, flat_view, share_memory
 from gradclip_ext.interception import is_intercepted
-from gradclip_ext.norms import Coefficient, Rule, combine_norms, widest_dtype
+from gradclip_ext.norms import AdaptiveRule, Coefficient, Rule, combine_norms, widest_dtype
 
 # Elements of one row of a float32 reduction. torch keeps 8 running sums a row, so 64 roundings
 # follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
@@ -105,6 +105,17 @@ class ForeachBackend:
         each = [_host_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
         return torch.stack([norm.to(torch.float64) for norm in each])
 
+    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
+        for grad, weight in zip(grads.tensors, weights.tensors):
+            if grad.numel() == 0:
+                continue
+            norm, weight_norm = (_unit_norms(t, rule.norm_type) for t in (grad, weight))
+            coef = rule.clip_coef(norm, weight_norm)
+            if _host_sees(coef) and (coef == 1.0).all():
+                continue
+            # Not a 0-d tensor, which would be rounded to the gradient's dtype first.
+            grad.copy_(grad * coef) if grad.dim() == 0 else grad.mul_(coef)
+
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
         # which on the CPU means small tensors.
@@ -126,6 +137,9 @@ class SegmentsByForeach:
 
     def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
         return ForeachBackend().statistics(tensors, norm_type)
+
+    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
+        ForeachBackend().clip_adaptive_(grads, weights, rule)
 
 
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
@@ -175,6 +189,22 @@ def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     if not least <= mean < math.inf:
         return _rescaled_norm(tensors, p, small)
     return torch.tensor(total, dtype=torch.float64, device="cpu").pow(1.0 / p)
+
+
+def _unit_norms(tensor: Tensor, p: float) -> Tensor:
+    """Return the norm of each slice along dimension 0 (of all, below two dimensions), in float64, with the
+    dimensions of the tensor."""
+    dims = list(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
+    wide = widest_dtype(tensor.device)
+    if tensor.is_complex():
+        tensor = tensor.to(torch.complex64 if wide == torch.float32 else torch.complex128).abs()
+    if tensor.dtype != torch.float64 or math.isinf(p) or p == 0.0:
+        norms: Tensor = torch.linalg.vector_norm(tensor, p, dims, keepdim=True, dtype=wide)
+        return norms
+    # Powers of float64 numbers may leave the range; those of ratios to the dominant one do not.
+    dominant = torch.linalg.vector_norm(tensor, math.copysign(math.inf, p), dims, keepdim=True)
+    norm = dominant * torch.linalg.vector_norm(tensor / dominant, p, dims, keepdim=True)
+    return torch.where((dominant > 0.0) & (dominant < math.inf), norm, dominant)
 
 
 def _has_nonzero(tensor: Tensor) -> bool:

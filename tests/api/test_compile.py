@@ -31,6 +31,14 @@ over_compilers = pytest.mark.parametrize(
     ],
 )
 
+
+def clip_beside_weights(params: list[Tensor]) -> None:
+    with torch.no_grad():
+        for param in params:
+            param.fill_(0.5)
+    gradclip_ext.adaptive_clip_grad_([FROZEN, *params, params[0]], 0.5)
+
+
 FROZEN = torch.nn.Parameter(torch.ones(2))
 FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
     "clip_grad_norm_": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0),
@@ -48,6 +56,7 @@ FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
         [FROZEN, *ps], lambda norms: norms / 2, per_tensor=True
     ),
     "get_grad_stats": lambda ps: gradclip_ext.get_grad_stats([FROZEN, *ps]).norms,
+    "adaptive_clip_grad_": clip_beside_weights,
     "clip_grad_value_": lambda ps: gradclip_ext.clip_grad_value_(ps, 0.1),
     "clamp_grad_": lambda ps: gradclip_ext.clamp_grad_(ps, -0.1, 0.3),
     "get_total_norm": lambda ps: gradclip_ext.get_total_norm([p.grad for p in ps]),

@@ -89,6 +89,7 @@ def test_what_the_device_decides(backend: Target) -> None:
         backend.clip_grad_norm_([*params, params[0]], lambda norms: norms / 2, per_tensor=True)
         backend.get_grad_stats([*params, torch.nn.Parameter(torch.ones(2))])
         backend.get_grad_stats(params, 3.0)
+        backend.adaptive_clip_grad_(params)
     assert not params[1].grad.any()
     if backend.device != "cpu":  # on the CPU the host looks at the tensor
         with no_sync(backend):

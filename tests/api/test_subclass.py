@@ -124,6 +124,7 @@ def test_what_torch_cannot_do_is_refused() -> None:
         "zero_if_nonfinite": lambda: gradclip_ext.clip_grad_norm_(params, 1.0, zero_if_nonfinite=True),
         "per_tensor=True": lambda: gradclip_ext.clip_grad_norm_(params, 1.0, per_tensor=True),
         "get_grad_stats": lambda: gradclip_ext.get_grad_stats(params),
+        "adaptive_clip_grad_": lambda: gradclip_ext.adaptive_clip_grad_(params),
         "total_norm of several": lambda: gradclip_ext.clip_grads_with_norm_(params, 1.0, norm),
     }.items():
         with oracle.unchanged(inner), pytest.raises(NotImplementedError, match=words):

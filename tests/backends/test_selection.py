@@ -15,7 +15,7 @@ import gradclip_ext
 from gradclip_ext import backends
 from gradclip_ext.backends import base
 
-OPERATIONS = ("why_unavailable", "norm", "scale_", "clip_each_", "statistics", "clamp_")
+OPERATIONS = ("why_unavailable", "norm", "scale_", "clip_each_", "statistics", "clip_adaptive_", "clamp_")
 
 
 @pytest.mark.parametrize("name", list(backends.ALL))

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from cases import SEED, needs_gloo
 from ranks import Ranks
-from sharding import Avg, Copy, Model, Shard0, Sum, check_clipped, collectives, mesh, plain
+from sharding import Avg, Copy, Model, Shard0, Sum, check_clipped, collectives, local, mesh, plain
 from torch.distributed.tensor import DTensor, Partial
 
 import gradclip_ext
+from gradclip_ext import reference
 
 pytestmark = needs_gloo
 # A rank that waits for another one does so for a minute: well below that, nobody was waiting.
@@ -150,6 +151,34 @@ def refused(seed: int) -> str:
 def test_norms_for_each_are_refused_on_all_ranks(ranks: Ranks) -> None:
     for message in ranks.run(refused, SEED, timeout=SOON):
         assert re.search("per_tensor=True: not supported for DTensors", message), message
+
+
+def adaptive(seed: int) -> str:
+    """Units that lie whole on one rank need no communication; others are refused before anything changes."""
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.add((3, 5), mesh(4), Copy)
+    model.add((3,), mesh(4), Copy)
+    model.add((6, 2))
+    for param in model.params:
+        local(param.detach()).fill_(0.5)
+    weights = [torch.full_like(whole, 0.5) for whole in model.whole]
+    expected = reference.adaptive_clip(model.whole, weights, 0.1, 1e-3)
+    with collectives() as sent:
+        gradclip_ext.adaptive_clip_grad_(model.params, 0.1)
+    assert not sent
+    for param, exact in zip(model.params, expected):
+        found = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-9)
+    model.add((8,), mesh(4), Shard0)
+    with oracle.unchanged(model.parts()), pytest.raises(NotImplementedError) as caught:
+        gradclip_ext.adaptive_clip_grad_(model.params, 1e-3)
+    return str(caught.value)
+
+
+def test_adaptive_clipping(ranks: Ranks) -> None:
+    for message in ranks.run(adaptive, SEED, timeout=SOON):
+        assert re.search(r"4 \(shape \(8,\)\).*no rank has whole slices.*Replicate", message), message
 
 
 # ---------------------------------------------------------------- the kind of result

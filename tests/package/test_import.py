@@ -54,6 +54,7 @@ def test_public_names() -> None:
     assert set(gradclip_ext.__all__) == {
         "GradStats",
         "__version__",
+        "adaptive_clip_grad_",
         "clamp_grad_",
         "clip_grad_norm_",
         "clip_grad_value_",

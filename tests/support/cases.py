@@ -181,6 +181,10 @@ class Target:
         return functools.partial(gradclip_ext.get_grad_stats, backend=self.name)
 
     @property
+    def adaptive_clip_grad_(self) -> Callable[..., None]:
+        return functools.partial(gradclip_ext.adaptive_clip_grad_, backend=self.name)
+
+    @property
     def clip_grad_value_(self) -> Callable[..., None]:
         return functools.partial(gradclip_ext.clip_grad_value_, **self.options)
 

@@ -139,4 +139,8 @@ def test_reference_agrees_with_numbers_known_by_heart() -> None:
     assert reference.clip_coef(9.0, 4.0) == 1.0 and reference.clip_coef(math.inf, math.nan) == 1.0
     assert math.isnan(reference.clip_coef(1.0, math.nan))
     assert reference.scale(tensors, 0.5)[1].tolist() == [[0.0, -2.0]]
+    grad, weight = torch.tensor([[3.0, 4.0], [0.1, 0.0]]), torch.tensor([[0.0, 0.5], [2.0, 0.0]])
+    clipped = reference.adaptive_clip([grad, grad[0]], [weight, weight[0]], 0.5, 0.001)
+    torch.testing.assert_close(clipped[0], torch.tensor([[0.15, 0.2], [0.1, 0.0]]).double())
+    assert clipped[1].tolist() == pytest.approx([0.15, 0.2])
     assert reference.clamp(tensors, -1.0, 2.0)[1].tolist() == [[0.0, -1.0]]
