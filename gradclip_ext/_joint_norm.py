@@ -15,7 +15,8 @@ from gradclip_ext._dtensors import unwrap
 from gradclip_ext._layout import Layout
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
-from gradclip_ext.norms import REPORT, result_dtype
+from gradclip_ext.norms import REPORT, combine_norms, on_device, result_dtype
+from gradclip_ext.segments import Segments
 
 Copies = Callable[[Any], int]
 
@@ -84,6 +85,55 @@ class JointNorm:
         if error is not None:
             raise error
         return total
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the norm of everything, and the rows of :meth:`Backend.statistics` with a column for each
+        parameter: of whole gradients, in float64, the same on all ranks.
+
+        One MAX of 2 T numbers, then one SUM of 3 T numbers, so all ranks need the same T parameters in the
+        same order. The order of the norms is above 0.
+        """
+        error, rows = self.error, None
+        if error is None:
+            try:
+                rows = self._own_statistics()
+            except Exception as caught:
+                error = caught  # raised once this rank has taken part in what the others wait for
+        if rows is None:
+            rows = torch.full((5, len(self._call.parameters)), math.nan, dtype=torch.float64)
+        norms, largest, zeros, nonfinite, weights = rows.to(self._device)
+        order = self._call.norm_type
+        bits = torch.stack([norms, largest]).view(torch.int64) & _WITHOUT_SIGN  # as in _dominant
+        dominant, absmax = self._layout.all_reduce(bits, dist.ReduceOp.MAX).view(torch.float64)
+        is_ordinary = (dominant > 0.0) & (dominant < math.inf)
+        ratios = torch.where(is_ordinary, norms / dominant, 0.0)
+        powers = ratios.pow(order) if math.isfinite(order) else ratios
+        sums = torch.stack([powers, zeros, nonfinite]) * weights
+        powers, zeros, nonfinite = self._layout.all_reduce(sums, dist.ReduceOp.SUM)
+        if error is not None:
+            raise error
+        if math.isfinite(order):
+            dominant = torch.where(is_ordinary, dominant * powers.pow(1.0 / order), dominant)
+        total = combine_norms(dominant.unbind(), order) if len(dominant) else dominant.new_zeros(())
+        # A share of 1/3 of a count, for a copy on each of three ranks, is not exact.
+        return total, torch.stack([dominant, absmax, zeros.round(), nonfinite.round()])
+
+    def _own_statistics(self) -> Tensor:
+        """Return the rows of this rank's parts and, as a fifth one, their weights; 0 without a gradient."""
+        if self._unsummed:
+            index = self._unsummed[0]
+            tensor = self._call.tensors[index]
+            raise NotImplementedError(
+                f"get_grad_stats: gradient {index} (shape {tuple(tensor.shape)}) still has to be summed over "
+                "ranks (Partial): reduce it first, for instance with redistribute()"
+            )
+        rows = torch.zeros(5, len(self._call.parameters), dtype=torch.float64, device=self._device)
+        if self._parts:
+            _, found = self.whole.statistics(self._call.norm_type)
+            weights = torch.tensor([self.weights[number] for number in self.numbers], dtype=torch.float64)
+            found = torch.cat([found, on_device(weights, found.device)[None]])
+            rows = Segments(list(self._call.parameters)).of_parameters(found)
+        return rows
 
     def _norms(self, pieces: list[Tensor]) -> list[tuple[float, Tensor]]:
         """Return the weights that occur, each with the norm of this rank's tensors of that weight."""

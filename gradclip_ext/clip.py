@@ -56,8 +56,9 @@ def clip_grad_norm_(
             generator warns.
         max_norm: largest allowed norm, 0 or more. ``inf`` only reports the norm. A real tensor with one
             element stays on its device: an accelerator is not waited for, so a negative value there acts
-            as 0, and NaN makes all gradients NaN. A function is called with the norm (0-d, as returned),
-            once and only if there are gradients, and returns such a number or tensor.
+            as 0, and NaN makes all gradients NaN. A function is called with the norm (a plain 0-d
+            tensor), once and only if there are gradients, and returns such a number or tensor; over
+            many ranks all of them have to return the same.
         norm_type: order p of the norm: any number, ``inf`` for the largest magnitude,
             0 for the number of tensors with a nonzero element.
         error_if_nonfinite: raise instead of clipping when the norm is NaN or infinite.
@@ -88,8 +89,8 @@ def clip_grad_norm_(
     Returns:
         A new 0-d tensor on the device of the first gradient, float32 or float64. With no
         gradient at all, ``torch.tensor(0.0)``. With per_tensor, the norms of shape [T], all of one
-        dtype. Where torch returns a DTensor (DTensors of one
-        mesh, no group), a replicated DTensor. The same bits on all ranks.
+        dtype. Where torch returns a DTensor (DTensors of one mesh, no group), a replicated DTensor.
+        The same bits on all ranks.
 
     Raises:
         TypeError: parameters is a module, or an element or gradient is of the wrong kind

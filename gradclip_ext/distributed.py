@@ -257,6 +257,12 @@ class ShardedGradients(GradientList):
         total = self._joint.take().to(dtype or self._joint.dtype())
         return total, rule.clip_coef(total)
 
+    def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
+        """Return the norm over all ranks, and rows with a column for each parameter, the same on each."""
+        assert self._joint is not None
+        total, rows = self._joint.statistics()
+        return total.to(self._joint.dtype()), rows
+
     def as_result(self, total_norm: Tensor) -> Tensor:
         return total_norm if self._mesh is None else _dtensors.replicated(total_norm, self._mesh)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradclip_ext import arguments
 from gradclip_ext.backends import Selection
-from gradclip_ext.gradients import grads_of, read_tensors
+from gradclip_ext.gradient_list import GradientList
+from gradclip_ext.gradients import grads_of, holds_dtensor, read_gradients, read_tensors
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import result_dtype
 from gradclip_ext.segments import Segments
@@ -127,10 +128,14 @@ def get_grad_stats(
     Raises:
         TypeError: an element or gradient is of the wrong kind (not a tensor, sparse, integer, float8).
         ValueError: the backend does not exist.
-        NotImplementedError: a gradient is a DTensor or another tensor that dispatches by itself.
+        NotImplementedError: a DTensor still has to be summed over ranks, or norm_type is not above 0 with
+            DTensors; a gradient is another tensor that dispatches by itself.
 
     Note:
-        Does not synchronise with an accelerator, until :meth:`GradStats.to_dict`; does not communicate.
+        Does not synchronise with an accelerator, until :meth:`GradStats.to_dict`. DTensors are joined over
+        their meshes: one all-reduce of 2 T and one of 3 T float64 numbers, which needs the same parameters in
+        the same order on all ranks; the results are those of whole gradients and the same on all ranks.
+        ``numel`` tells of the gradients that this rank has. Otherwise nothing is communicated.
         Deterministic; sums are accumulated as in :func:`clip_grad_norm_`. Call it before clipping: afterwards
         the gradients are other ones.
 
@@ -153,26 +158,41 @@ def get_grad_stats(
         if names is not None and count < len(listed):
             first = dict(zip(map(id, reversed(listed)), reversed(names)))
             names = [first[id(p)] for p in segments.parameters]
-        if not grads:
+        names_given = None if names is None else tuple(names)
+        given = _read(segments.parameters, grads, norm_type, Selection(backend, None, is_intercepted()))
+        if not given.tensors and not given.is_sharded:
             none = torch.zeros(4, count, dtype=torch.float64, device="cpu")
             total = torch.zeros((), dtype=torch.float32, device="cpu")
-            return GradStats(total, none, (0,) * count, None if names is None else tuple(names))
-        given = read_tensors(grads, Selection(backend, None, is_intercepted()), norm_type=norm_type)
-        if given is None or given.is_sharded:
-            raise NotImplementedError(
-                "get_grad_stats: not supported for DTensors, whose statistics would have to be reduced over "
-                "ranks, nor for other tensors that dispatch by themselves: pass the local tensors, or use "
-                "get_total_norm"
-            )
+            return GradStats(total, none, (0,) * count, names_given)
         total, rows = given.statistics(norm_type)
+        if not given.is_sharded:
+            total = total.to(result_dtype(given.dtypes()))
+            rows = segments.of_parameters(rows)
         numels = iter(map(Tensor.numel, grads))
         if len(grads) == count:
             numel = tuple(numels)
         else:
             numel = tuple(0 if p.grad is None else next(numels) for p in segments.parameters)
-            rows = segments.of_parameters(rows)
-        total = total.to(result_dtype(given.dtypes()))
-        return GradStats(total, rows, numel, None if names is None else tuple(names))
+        return GradStats(total, rows, numel, names_given)
+
+
+def _read(parameters: list[Any], grads: list[Tensor], norm_type: float, selection: Selection) -> GradientList:
+    """Return the gradients, to be read; a rank whose parameters are DTensors takes part without any, too."""
+    given: GradientList | None
+    if holds_dtensor(parameters) or holds_dtensor(grads):
+        if not norm_type > 0.0:
+            raise NotImplementedError(
+                f"get_grad_stats: norm_type={norm_type} is not supported for DTensors: pass one above 0"
+            )
+        given = read_gradients(parameters, selection, norm_type=norm_type)
+    else:
+        given = read_tensors(grads, selection, norm_type=norm_type)
+    if given is None:
+        raise NotImplementedError(
+            "get_grad_stats: not supported for tensors that dispatch by themselves (FakeTensor, or DTensors "
+            "under torch.compile or of an unusual placement): pass the local tensors, or use get_total_norm"
+        )
+    return given
 
 
 def _named(parameters: Any) -> tuple[list[Any], list[str] | None]:
