@@ -77,7 +77,9 @@ class ForeachBackend:
             scaled = [_without_complex32(t) for t in scaled]
         if clip_coef.dim():
             for tensor, coef in zip(scaled, clip_coef.unbind()):
-                _scale_([tensor], coef, may_zero)
+                # On an accelerator a 0-d coefficient would be rounded to the dtype of the tensor.
+                of_dims = coef if _host_sees(coef) else coef.reshape((1,) * tensor.dim())
+                _scale_([tensor], of_dims, may_zero)
         elif not (_host_sees(clip_coef) and clip_coef.item() >= 1.0):
             for group in _batches(scaled, self._batched):
                 _scale_(group, clip_coef, may_zero)
