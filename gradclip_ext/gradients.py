@@ -273,6 +273,8 @@ def _raise_lone_copies() -> None:
 def listed_once(parameters: list[Any]) -> list[Any]:
     if torch.compiler.is_compiling():  # it traces no id(), and a tensor's hash is its identity
         return list(dict.fromkeys(parameters))
+    if _extension.C is not None and _extension.C.are_distinct(parameters):
+        return parameters
     return list({id(p): p for p in parameters}.values())
 
 
