@@ -166,12 +166,8 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
             parts += [training_sentence(training), f"![training]({training.stem}.png)", ""]
         sharded = folder / distributed_results.file_name(stem)
         if sharded.exists():
-            parts += [f"### [Sharded gradients]({sharded.name})", "", "```"]
-            parts += [
-                distributed_results.HEADER,
-                *map(distributed_results.row, distributed_results.load(sharded)[1]),
-            ]
-            parts += ["```", "", f"![sharded gradients]({sharded.stem}.png)", ""]
+            parts += [f"### [Sharded gradients]({sharded.name})", ""]
+            parts += [f"![sharded gradients]({sharded.stem}.png)", ""]
     return _text(parts)
 
 
@@ -301,12 +297,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_rows(paths: Sequence[Path]) -> int:
     for path in paths:
         try:
-            results = Results.load(path)
+            lines = _rows_of(path)
         except ValueError as error:
             print(f"python -m benchmarks.report: {error}", file=sys.stderr)
             return 2
-        print(f"{results.title}\n" + "\n".join(every_row(results)))
+        print("\n".join(lines))
     return 0
+
+
+def _rows_of(path: Path) -> list[str]:
+    if distributed_results.is_sharded(path):
+        return [distributed_results.HEADER, *map(distributed_results.row, distributed_results.load(path)[1])]
+    results = Results.load(path)
+    return [results.title, *every_row(results)]
 
 
 def _write() -> int:
