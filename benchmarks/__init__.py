@@ -5,6 +5,7 @@ Reading order: machine.py (clocks and bandwidth), cases.py (shapes, operations, 
 (the files), terminal.py (what a run prints), report.py and plot.py (README's numbers and the figures), then
 plan.py (the options) and __main__.py (a run).
 
-train.py trains the model of gpt.py once with each implementation, side by side. gpu_design.py measures the
+train.py trains the model of gpt.py once with each implementation, side by side. distributed.py clips DTensors
+on gloo ranks, distributed_results.py has what it found. gpu_design.py measures the
 properties of a GPU that the design of the CUDA kernels depends on.
 """

@@ -1,10 +1,9 @@
-"""What ``python -m benchmarks.distributed`` found: the records, their table, sentences and figure."""
+"""What ``python -m benchmarks.distributed`` found: the records, their tables and the figure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ from benchmarks.results import read_lines, write_lines
 
 OURS = "gradclip_ext"
 _SUFFIX = "-distributed"
+# What README shows.
+_COUNTS = (300, 2000)
+_NAMES = {"gpt2-124m": "GPT-2 (124M)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +65,16 @@ HEADER = (
 def row(record: ShardedRecord) -> str:
     """Return the record as a line of the table."""
 
-    def ms(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
-
+    first, later, gone = (
+        "-" if ms is None else _ms(ms) for ms in (record.first_ms, record.p50_ms, record.gone_ms)
+    )
     what = f"{record.tensors} {record.case} {record.dtype} {record.state}"
     ratio = "-" if record.speedup_vs_torch is None else f"{record.speedup_vs_torch:.2f}x"
     sent = "-" if record.collectives is None else f"{record.collectives}, {record.collective_bytes} B"
     error = "-" if record.norm_error is None else f"{record.norm_error:.1e}"
     line = (
-        f"{record.ranks}, {tuple(record.mesh)!s:<10} {what:<30} {record.impl:<16} {ms(record.first_ms):>10}"
-        f" {ms(record.p50_ms):>10} {ms(record.gone_ms):>10} {ratio:>8} {sent:>14} {error:>8}"
+        f"{record.ranks}, {tuple(record.mesh)!s:<10} {what:<30} {record.impl:<16} {first:>10}"
+        f" {later:>10} {gone:>10} {ratio:>8} {sent:>14} {error:>8}"
     )
     return line if record.problem is None else f"{line}  {record.problem}"
 
@@ -80,6 +82,11 @@ def row(record: ShardedRecord) -> str:
 def file_name(stem: str) -> str:
     """Return the name of the file that belongs to a results file."""
     return f"{stem}{_SUFFIX}.jsonl"
+
+
+def is_sharded(path: Path) -> bool:
+    """Tell such a file from other results by its name."""
+    return path.stem.endswith(_SUFFIX)
 
 
 def save(path: Path, machine: dict[str, Any], records: Sequence[ShardedRecord]) -> None:
@@ -93,35 +100,43 @@ def load(path: Path) -> tuple[dict[str, Any], list[ShardedRecord]]:
     return lines["machine"][0], [ShardedRecord(**fields) for fields in lines["sharded"]]
 
 
-def sentences(records: Sequence[ShardedRecord]) -> Iterator[str]:
-    """Yield what the records say, for README."""
-    small = [r for r in records if r.ranks == 1 and r.case == "8x8" and len(r.mesh) == 1]
-    for _, of_count in groupby(small, key=lambda r: r.tensors):
-        by = {r.impl: r for r in of_count}
-        ours, theirs = by.get(OURS), by.get(BASELINE)
-        if ours is None or theirs is None or theirs.p50_ms is None or theirs.first_ms is None:
-            continue
-        if ours.tensors in (300, 2000) and ours.p50_ms is not None and ours.first_ms is not None:
-            yield (
-                f"- {ours.tensors:,} small DTensors on one rank: {ours.p50_ms:.2g} ms a call, "
-                f"`{BASELINE}` {theirs.p50_ms:.2g} ms; the first call on a new set of gradients "
-                f"{ours.first_ms:.2g} ms, `{BASELINE}` {_seconds(theirs.first_ms)}."
-            )
-    for r in records:
-        if r.ranks == 2 and r.impl == OURS and r.case != "8x8" and r.speedup_vs_torch is not None:
-            state = "nothing to clip" if r.state == "unclipped" else "clipping"
-            yield (
-                f"- {r.case} in {r.dtype} on two ranks, {state}: {r.speedup_vs_torch:.2f}x the speed of "
-                f"`{BASELINE}`, norm error {r.norm_error:.0e}."
-            )
-    ours_sent = {(r.collectives, r.collective_bytes) for r in records if r.impl == OURS}
-    if len(ours_sent) == 1:
-        ((count, size),) = ours_sent
-        yield f"- Collectives of a call in all of these layouts: {count}, of {size} bytes."
+def table(block: dict[str, Any], records: Sequence[ShardedRecord]) -> Iterator[str]:
+    """Yield what README shows: small DTensors on one rank, a model on two."""
+    by = {(r.ranks, len(r.mesh), r.case, r.tensors, r.dtype, r.state, r.impl): r for r in records}
+    yield f"| {block['cpu']}, torch {block['torch']}, gloo | `{BASELINE}` | `gradclip_ext` |"
+    yield "|---|---|---|"
+    for key, ours in by.items():
+        theirs = by.get((*key[:-1], BASELINE))
+        if key[:3] == (1, 1, "8x8") and ours.impl == OURS:
+            yield from _small_rows(ours, theirs)
+    for key, ours in by.items():
+        theirs = by.get((*key[:-1], BASELINE))
+        if ours.ranks == 2 and ours.case != "8x8" and ours.impl == OURS and theirs is not None:
+            state = "nothing to clip" if ours.state == "unclipped" else "clipping"
+            what = f"{_NAMES.get(ours.case, ours.case)} in {ours.dtype}, sharded over two ranks, {state}"
+            yield f"| {what} | {_ms(theirs.p50_ms)} | {_ms(ours.p50_ms)}{_bold(ours.speedup_vs_torch)} |"
+    worst, ours_worst = (
+        max((r.norm_error or 0.0 for r in records if r.impl == impl), default=0.0)
+        for impl in (BASELINE, OURS)
+    )
+    yield f"| largest relative error of these norms | {worst:.0e} | **{ours_worst:.0e}** |"
 
 
-def _seconds(ms: float) -> str:
-    return f"{ms:.2g} ms" if ms < 1e3 else f"{ms / 1e3:.2g} s"
+def _small_rows(ours: ShardedRecord, theirs: ShardedRecord | None) -> Iterator[str]:
+    if ours.tensors not in _COUNTS:
+        return
+    small = f"{ours.tensors:,} small DTensors"
+    first, later = (theirs.first_ms, theirs.p50_ms) if theirs is not None else (None, None)
+    yield f"| {small}, a new set of gradients | {_ms(first)} | {_ms(ours.first_ms)} |"
+    yield f"| {small}, the same set again | {_ms(later)} | {_ms(ours.p50_ms)}{_bold(ours.speedup_vs_torch)} |"
+
+
+def _ms(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
+
+
+def _bold(speedup: float | None) -> str:
+    return "" if speedup is None else f", **{speedup:.3g}x**"
 
 
 def draw(machine_block: dict[str, Any], records: Sequence[ShardedRecord], path: Path) -> bool:

@@ -15,7 +15,7 @@ from benchmarks.results import Record, Results
 
 try:  # Figure alone needs no display and changes no global state, unlike pyplot
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
@@ -155,7 +155,7 @@ def sharded_times(curves: Mapping[str, Sequence[tuple[int, float]]], title: str,
 
 
 def _call_times(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, unit: str) -> Any:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axis = figure.subplots()
     for number, (name, points) in enumerate(curves.items()):
         axis.plot(
@@ -169,11 +169,13 @@ def _call_times(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, u
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.grid(which="both", color="#e8e8e8")
+    axis.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_major_formatter("{x:,g}")
     axis.set_ylabel(f"time until clip_grad_norm_ returns ({unit}, log scale)", fontsize=9)
     axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from benchmarks import plot
+from benchmarks import distributed_results, plot
 from benchmarks.cases import STEP
 from benchmarks.contenders import BASELINE, is_ours
 from benchmarks.results import Record, Results, Training, host_costs, is_training, training_file_name
@@ -44,7 +44,8 @@ _README_ROWS = {
 
 def load(folder: Path = FOLDER) -> dict[str, Results]:
     """Return the results files by stem, those of GPUs first."""
-    files = {p.stem: Results.load(p) for p in sorted(folder.glob("*.jsonl")) if not is_training(p)}
+    paths = (p for p in folder.glob("*.jsonl") if not (is_training(p) or distributed_results.is_sharded(p)))
+    files = {p.stem: Results.load(p) for p in sorted(paths)}
     return dict(sorted(files.items(), key=lambda item: item[1].machine["gpu"] is None))
 
 
@@ -56,9 +57,13 @@ def default_backend(results: Results) -> str:
 # ---------------------------------------------------------------- README
 
 
-def readme_blocks(files: dict[str, Results]) -> dict[str, str]:
+def readme_blocks(files: dict[str, Results], folder: Path = FOLDER) -> dict[str, str]:
     """Return what stands between the markers of README.md, by the name in the markers."""
-    return {"numbers": _text(_first_screen(files)), "table": _text(_small_tables(files))}
+    return {
+        "numbers": _text(_first_screen(files)),
+        "sharded": _text(_sharded_tables(files, folder)),
+        "table": _text(_small_tables(files)),
+    }
 
 
 def _first_screen(files: dict[str, Results]) -> Iterator[str]:
@@ -102,6 +107,16 @@ def _small_tables(files: dict[str, Results]) -> Iterator[str]:
     if not any(results.machine["gpu"] for results in files.values()):
         yield "There is no results file of a GPU yet."
         yield ""
+
+
+def _sharded_tables(files: dict[str, Results], folder: Path) -> Iterator[str]:
+    for stem in files:
+        path = folder / distributed_results.file_name(stem)
+        if path.exists():
+            yield from distributed_results.table(*distributed_results.load(path))
+            yield ""
+            yield f"![time of a call](benchmarks/results/{path.stem}.png)"
+            yield ""
 
 
 def _markers(name: str) -> tuple[str, str]:
@@ -149,6 +164,10 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
         training = folder / training_file_name(stem)
         if training.exists():
             parts += [training_sentence(training), f"![training]({training.stem}.png)", ""]
+        sharded = folder / distributed_results.file_name(stem)
+        if sharded.exists():
+            parts += [f"### [Sharded gradients]({sharded.name})", ""]
+            parts += [f"![sharded gradients]({sharded.stem}.png)", ""]
     return _text(parts)
 
 
@@ -278,12 +297,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_rows(paths: Sequence[Path]) -> int:
     for path in paths:
         try:
-            results = Results.load(path)
+            lines = _rows_of(path)
         except ValueError as error:
             print(f"python -m benchmarks.report: {error}", file=sys.stderr)
             return 2
-        print(f"{results.title}\n" + "\n".join(every_row(results)))
+        print("\n".join(lines))
     return 0
+
+
+def _rows_of(path: Path) -> list[str]:
+    if distributed_results.is_sharded(path):
+        return [distributed_results.HEADER, *map(distributed_results.row, distributed_results.load(path)[1])]
+    results = Results.load(path)
+    return [results.title, *every_row(results)]
 
 
 def _write() -> int:
@@ -295,6 +321,9 @@ def _write() -> int:
     (FOLDER / "README.md").write_text(index(files))
     for stem, results in files.items():
         draw(stem, results)
+        sharded = FOLDER / distributed_results.file_name(stem)
+        if sharded.exists():
+            distributed_results.draw(*distributed_results.load(sharded), sharded.with_suffix(".png"))
     print(f"README.md, benchmarks/results/README.md and the figures are made from {', '.join(files)}")
     return 0
 

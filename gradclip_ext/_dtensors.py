@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from gradclip_ext._layout import communication_device
 # Exactly these types: a subclass may mean something else (_NormPartial, _MaskPartial). How a tensor is cut
 # (_StridedShard) does not matter, only into how many parts.
 _SHARDS = (Shard, _StridedShard)
-_KNOWN = (*_SHARDS, Replicate, Partial)
+_COMPLETE = (*_SHARDS, Replicate)
+_KNOWN = (*_COMPLETE, Partial)
 _SUMS = ("sum", "avg")
 _LARGER_DTYPE = {
     torch.float16: torch.float32,
@@ -38,9 +40,10 @@ def unwrap(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[Ten
     same share of them; plain tensors are one class. Comparing placements would cost as much again.
     """
     if _extension.C is not None and tensors:
-        found = _extension.C.unwrap(list(tensors), DTensor, _KNOWN)
-        if found is not None and len(found) == 1 and not partial_dims(tensors[0]):
-            return found[0][1], [0] * len(tensors), [tensors[0]]
+        found: tuple[list[Tensor], list[int], list[Tensor]] | None
+        found = _extension.C.unwrap(list(tensors), DTensor, _COMPLETE)
+        if found is not None:
+            return found
     parts: list[Tensor] = []
     numbers: list[int] = []
     examples: list[Tensor] = []
@@ -66,9 +69,9 @@ def unwrap(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[Ten
     return parts, numbers, examples
 
 
-def meshes_of(tensors: Sequence[Tensor]) -> list[DeviceMesh]:
-    """Return the mesh of every DTensor, each mesh object once."""
-    meshes = [t._spec.mesh for t in tensors if type(t) is DTensor]
+def meshes_of(*examples: Sequence[Tensor]) -> list[DeviceMesh]:
+    """Return the meshes of DTensors, each mesh object once."""
+    meshes = [t._spec.mesh for t in chain(*examples) if type(t) is DTensor]
     return list({id(mesh): mesh for mesh in meshes}.values())
 
 

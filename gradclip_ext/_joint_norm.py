@@ -75,12 +75,14 @@ class JointNorm:
         """
         error = self.error
         pieces = _dtensors.sum_partials([self._call.tensors[index] for index in self._unsummed])
-        norms = [(1.0, torch.full((), math.nan, dtype=torch.float64, device=self._device))]
+        norms: list[tuple[float, Tensor]] = []
         if error is None:
             try:
                 norms = self._norms(pieces)
             except Exception as caught:
                 error = caught
+        if error is not None:
+            norms = [(1.0, torch.full((), math.nan, dtype=torch.float64, device=self._device))]
         total = self._joined(norms)
         if error is not None:
             raise error
@@ -163,10 +165,10 @@ class JointNorm:
         return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)
 
     def _sum_of_powers(self, norms: list[tuple[float, Tensor]]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for weight, norm in norms:
-            total = total + norm.pow(self._call.norm_type) * weight
-        return self._layout.all_reduce(total, dist.ReduceOp.SUM)
+        powers = [norm.pow(self._call.norm_type) * weight for weight, norm in norms]
+        if not powers:
+            powers = [torch.zeros((), dtype=torch.float64, device=self._device)]
+        return self._layout.all_reduce(sum(powers[1:], powers[0]), dist.ReduceOp.SUM)
 
     def _dominant(self, norms: list[Tensor]) -> Tensor:
         """Return the largest norm (for orders above 0) or the smallest one of all ranks, NaN if one is.

@@ -94,7 +94,7 @@ def warm_up(parameters: Any, *, group: Any = None) -> None:
         >>> warm_up([torch.nn.Parameter(torch.zeros(3, 2))])
     """
     listed = _parameters(parameters)
-    layout = layout_of(meshes_of(listed), group)
+    layout = layout_of(meshes_of(unwrap(listed)[2]), group)
     device = listed[0].device if listed else layout.device()
     layout.all_reduce(torch.zeros((), dtype=torch.float64, device=device), dist.ReduceOp.SUM)
 
@@ -156,7 +156,10 @@ def read_tensors(
 def _read_for_norm(call: Call, read: Callable[[list[Tensor]], GradientList]) -> GradientList | None:
     """Return the tensors and how they lie on the ranks, or None for what belongs to torch's functions."""
     parts, numbers, examples = unwrap(call.tensors)
-    meshes = meshes_of([*call.parameters, *examples])  # a plain parameter may have a DTensor as its gradient
+    meshes = meshes_of(examples)
+    # Parameters are asked for the meshes only where that may say more: it takes as long as to ask gradients.
+    if len(call.tensors) < len(call.parameters) or not all(map(mesh_of, examples)):
+        meshes = meshes_of(unwrap(call.parameters)[2], examples)
     is_torchs = call.group is None and len(meshes) == 1
     is_torchs = is_torchs and all(mesh_of(t) is not None for t in examples or call.parameters)
     problem = _problem(call, parts, numbers, examples)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip_ext import _extension
+
 
 class Segments:
     """The parameters of a call in the order given, each once: T segments, some without a gradient.
@@ -46,8 +48,11 @@ class Segments:
 
 
 def listed_once(parameters: list[Any]) -> list[Any]:
+    """Return the list with each parameter once, in order: the list itself if that is so already."""
     if torch.compiler.is_compiling():  # it traces no id(), and a tensor's hash is its identity
         return list(dict.fromkeys(parameters))
+    if _extension.C is not None and _extension.C.are_distinct(parameters):
+        return parameters
     return list({id(p): p for p in parameters}.values())
 
 

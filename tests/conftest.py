@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import zlib
 
+import compiled_module  # noqa: F401  (before gradclip_ext)
 import hypothesis
 import pytest
 import torch
-
-if os.environ.get("GRADCLIP_EXT_TEST_WITHOUT_C") == "1":  # what remains is the same, only slower
-    sys.modules["gradclip_ext._C"] = None  # type: ignore[assignment]
-
 from cases import SEED, Target, targets
 
 from gradclip_ext import _extension

@@ -37,8 +37,7 @@ class Slot {
 
 /// Tensors with one mesh and the same types of placements.
 struct Class {
-  py::object spec, mesh, placements;
-  py::list locals;
+  py::object mesh, placements;
 
   /// Placements of one type, on whatever dimension of the tensor, divide it alike.
   bool holds(const py::object& other_mesh, const py::object& other) const {
@@ -74,31 +73,33 @@ bool are_known(const py::object& placements, const py::tuple& known) {
 py::object unwrap(const py::list& tensors, const py::object& dtensor, const py::tuple& placements) {
   const Slot local_slot(dtensor, "_local_tensor"), spec_slot(dtensor, "_spec");
   const auto mesh_name = interned("mesh"), placements_name = interned("placements");
+  const py::object none = py::none(), nowhere = py::tuple();
+  py::list parts, numbers, examples;
   std::vector<Class> classes;
-  size_t last = 0;  // neighbours are often alike
+  size_t number = 0;  // neighbours are often alike
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-    PyObject* const object = PyList_GET_ITEM(tensors.ptr(), i);
-    const bool is_sharded = Py_IS_TYPE(object, reinterpret_cast<PyTypeObject*>(dtensor.ptr()));
-    py::object local = py::reinterpret_borrow<py::object>(object), spec = py::none();
-    py::object mesh = py::none(), placed = py::tuple();
-    if (is_sharded) {
-      local = local_slot.of(object);
-      spec = spec_slot.of(object);
+    const auto tensor = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
+    py::object part = tensor, mesh = none, placed = nowhere;
+    if (Py_IS_TYPE(tensor.ptr(), reinterpret_cast<PyTypeObject*>(dtensor.ptr()))) {
+      part = local_slot.of(tensor.ptr());
+      const py::object spec = spec_slot.of(tensor.ptr());
       mesh = spec.attr(mesh_name);
       placed = spec.attr(placements_name);
     }
-    if (!is_plain(local.ptr())) return py::none();
-    if (last >= classes.size() || !classes[last].holds(mesh, placed)) {
-      if (!are_known(placed, placements)) return py::none();
-      last = 0;
-      while (last < classes.size() && !classes[last].holds(mesh, placed)) ++last;
-      if (last == classes.size()) classes.push_back({spec, mesh, placed, py::list()});
+    if (!is_plain(part.ptr())) return none;
+    if (number >= classes.size() || !classes[number].holds(mesh, placed)) {
+      if (!are_known(placed, placements)) return none;
+      number = 0;
+      while (number < classes.size() && !classes[number].holds(mesh, placed)) ++number;
+      if (number == classes.size()) {
+        classes.push_back({mesh, placed});
+        examples.append(tensor);
+      }
     }
-    classes[last].locals.append(local);
+    parts.append(part);
+    numbers.append(number);
   }
-  py::list found;
-  for (const Class& of : classes) found.append(py::make_tuple(of.spec, of.locals));
-  return found;
+  return py::make_tuple(parts, numbers, examples);
 }
 
 }  // namespace gradclip::python

@@ -134,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradients", &gradients);
   m.def("read_tensors", &read_tensors);
   m.def("from_columns", &from_columns);
+  m.def("are_distinct", &are_distinct);
   m.def("unwrap", &unwrap);
   m.def("any_negative", &any_negative);
   m.def("cpu_norm", &cpu_norm);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "cpu/operations.h"
 
@@ -18,7 +19,8 @@ namespace {
 class Attribute {
  public:
   Attribute() = default;
-  Attribute(const py::object& type, const char* name) : name_(name) {
+  Attribute(const py::object& type, const char* name)
+      : name_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name)).release().ptr()) {
     const py::object descriptor = type.attr(name);
     if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) return;
     const auto* def = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
@@ -28,13 +30,12 @@ class Attribute {
 
   /// Returns a new reference, or null with a Python error.
   PyObject* of(PyObject* object, bool is_plain) const {
-    return is_plain && get_ != nullptr ? get_(object, closure_)
-                                       : PyObject_GetAttrString(object, name_);
+    return is_plain && get_ != nullptr ? get_(object, closure_) : PyObject_GetAttr(object, name_);
   }
 
  private:
-  const char* name_ = nullptr;
-  getter get_ = nullptr;  // null if torch implements the attribute in another way
+  PyObject* name_ = nullptr;  // lives as long as the process
+  getter get_ = nullptr;      // null if torch implements the attribute in another way
   void* closure_ = nullptr;
 };
 
@@ -46,6 +47,8 @@ struct Torch {
   Attribute version;
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* is_neg = nullptr;
+  PyObject* unwatched = nullptr;        // the `__torch_function__` of those who decline to have one
+  PyObject* unwatched_guard = nullptr;  // the class of a context in which nobody is asked for it
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
@@ -54,6 +57,9 @@ struct Torch {
     parameter = reinterpret_cast<PyTypeObject*>(
         py::object(torch.attr("nn").attr("Parameter")).release().ptr());
     is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+    const py::object internals = torch.attr("_C");
+    unwatched = py::object(internals.attr("_disabled_torch_function_impl")).release().ptr();
+    unwatched_guard = py::object(internals.attr("DisableTorchFunctionSubclass")).release().ptr();
     grad = Attribute(torch.attr("Tensor"), "grad");
     version = Attribute(torch.attr("Tensor"), "_version");
     if (!py::hasattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__")) return;
@@ -158,21 +164,65 @@ bool add(HeldList& held, PyObject* object, Py_ssize_t position) {
 
 }  // namespace
 
+/// DTensors do not want to see what is done with them (`__torch_function__` is disabled), which
+/// torch finds out again at each access, for half of its time. While they are read, it need not
+/// ask.
+class Unwatched {
+ public:
+  Unwatched() = default;
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+  ~Unwatched() {
+    if (guard_) guard_.attr("__exit__")(py::none(), py::none(), py::none());
+  }
+
+  void set_for(PyTypeObject* type) {
+    if (type == type_) return;
+    type_ = type;
+    const auto as_object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
+    const py::object watcher = py::getattr(as_object, "__torch_function__", py::none());
+    const bool wanted = watcher.ptr() == torch().unwatched;
+    if (wanted && !guard_) {
+      guard_ = py::reinterpret_borrow<py::object>(torch().unwatched_guard)();
+      guard_.attr("__enter__")();
+    } else if (!wanted && guard_) {
+      guard_.attr("__exit__")(py::none(), py::none(), py::none());
+      guard_ = py::object();
+    }
+  }
+
+ private:
+  PyTypeObject* type_ = nullptr;
+  py::object guard_;
+};
+
 // ---------------------------------------------------------------- lists
 
 py::list gradients(const py::list& parameters) {
   py::list found;
+  Unwatched unwatched;
   // The size is asked again each time: a subclass may run code of its own.
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parameters.ptr()); ++i) {
     const auto parameter = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(parameters.ptr(), i));
-    const auto owned = py::reinterpret_steal<py::object>(
-        torch().grad.of(parameter.ptr(), torch().is_plain(parameter.ptr())));
+    const bool is_plain = torch().is_plain(parameter.ptr());
+    if (!is_plain) unwatched.set_for(Py_TYPE(parameter.ptr()));
+    const auto owned =
+        py::reinterpret_steal<py::object>(torch().grad.of(parameter.ptr(), is_plain));
     if (!owned) throw py::error_already_set();
     if (!owned.is_none() && PyList_Append(found.ptr(), owned.ptr()) != 0) {
       throw py::error_already_set();
     }
   }
   return found;
+}
+
+bool are_distinct(const py::list& objects) {
+  std::vector<PyObject*> addresses(static_cast<size_t>(PyList_GET_SIZE(objects.ptr())));
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    addresses[i] = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
+  }
+  std::sort(addresses.begin(), addresses.end());
+  return std::adjacent_find(addresses.begin(), addresses.end()) == addresses.end();
 }
 
 bool is_plain(PyObject* object) { return torch().is_plain(object); }

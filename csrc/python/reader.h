@@ -56,10 +56,13 @@ HeldList from_columns(const py::list& tensors, const std::string& columns,
                       const std::vector<int64_t>& empty, unsigned dtypes, bool is_cuda,
                       int32_t device_index);
 
-/// Divides a list of DTensors and plain tensors by mesh and *types* of placements. Returns a list
-/// of (an example of `_spec`, local tensors) in the order of first appearance, with None as the
-/// spec of plain tensors; or None if the list has something else, a placement of another type than
-/// the given ones, or a local tensor of a subclass.
+/// Tells whether no object is listed twice.
+bool are_distinct(const py::list& objects);
+
+/// Returns three lists: each tensor's part on this rank, the number of its class, and the first
+/// tensor of each class. Tensors of a class have one mesh and the same types of placements; plain
+/// tensors are one. None if there is a placement of another type than the given ones, or a part of
+/// a subclass.
 py::object unwrap(const py::list& tensors, const py::object& dtensor, const py::tuple& placements);
 
 /// Tells whether a tensor is a lazy negative (its memory holds the negated values): DLPack does not

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import compiled_module  # noqa: F401  (before the functions import gradclip_ext)
 import torch
 import torch.distributed as dist
 
