@@ -145,8 +145,12 @@ def host_times(results: Results, path: Path) -> bool:
 
 
 def sharded_times(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> bool:
-    """Draw the milliseconds of a call against the number of DTensors, a curve per name."""
-    if not available():
+    """Draw the milliseconds of a call against the number of DTensors, a curve per name.
+
+    Returns:
+        False if nothing was drawn: matplotlib is not installed, or no curve has a point.
+    """
+    if not available() or not any(curves.values()):
         return False
     figure = _call_times(curves, title, "ms")
     figure.axes[0].set_xlabel("DTensors in the list (log scale)", fontsize=9)

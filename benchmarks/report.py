@@ -172,11 +172,14 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
 
 
 def draw(stem: str, results: Results, folder: Path = FOLDER) -> None:
-    """Draw the figures of one file."""
+    """Draw the figures of one file, and that of the sharded gradients beside it."""
     ours = default_backend(results)
     in_readme = lambda r: r.impl == ours and f"{r.op}:{r.state}" in _README_COLUMNS
     plot.speedups(results, folder / f"{stem}-summary.png", in_readme)
     plot.draw_all(results, folder / f"{stem}.png")
+    sharded = folder / distributed_results.file_name(stem)
+    if sharded.exists():
+        distributed_results.draw(*distributed_results.load(sharded), sharded.with_suffix(".png"))
 
 
 # ---------------------------------------------------------------- parts of both
@@ -321,9 +324,6 @@ def _write() -> int:
     (FOLDER / "README.md").write_text(index(files))
     for stem, results in files.items():
         draw(stem, results)
-        sharded = FOLDER / distributed_results.file_name(stem)
-        if sharded.exists():
-            distributed_results.draw(*distributed_results.load(sharded), sharded.with_suffix(".png"))
     print(f"README.md, benchmarks/results/README.md and the figures are made from {', '.join(files)}")
     return 0
 

@@ -80,7 +80,7 @@ def mesh_of(tensor: Tensor) -> DeviceMesh | None:
 
 
 def pieces_of(tensor: Tensor) -> int:
-    """Return into how many parts a tensor is divided, once the sums that it still lacks are taken."""
+    """Return into how many parts a tensor is divided after it was summed over its Partial dimensions."""
     if type(tensor) is not DTensor:
         return 1
     spec = tensor._spec
@@ -95,7 +95,7 @@ def partial_dims(tensor: Tensor) -> list[int]:
 
 
 def why_unsupported(tensor: Tensor) -> str | None:
-    """Return why the norm of a tensor with these placements cannot be taken here, or None if it can."""
+    """Return why the norm of a tensor with these placements cannot be computed here, or None if it can."""
     if type(tensor) is not DTensor:
         return None
     for placement in tensor._spec.placements:

@@ -71,7 +71,7 @@ class JointNorm:
         """Return the norm in float64.
 
         Raises:
-            Exception: the error of this rank, after it has taken part in what the others wait for.
+            Exception: the error of this rank, after the all-reduces that the other ranks wait for.
         """
         error = self.error
         pieces = _dtensors.sum_partials([self._call.tensors[index] for index in self._unsummed])

@@ -118,8 +118,8 @@ class _Ranks:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        # Once a group was joined that meets the others in one rank, there are more ranks than known ones:
-        # those of the other ranks' groups.
+        # A group that shares only this rank with the ranks before it adds ranks that this rank cannot name:
+        # each of those ranks has such a group of its own. So size may exceed the number of known ranks.
         self.known = frozenset((rank,))
         self.size = 1
         self.steps: list[_Step] = []

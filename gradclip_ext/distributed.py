@@ -64,7 +64,7 @@ def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None 
             classes, weights = _weights(layout, listed, numbers, examples, copies)
             count = sum(weights[number] * part.numel() for number, part in zip(classes, parts))
         except Exception as caught:
-            error = caught  # raised once this rank has taken part in what the others wait for
+            error = caught  # raised after the all-reduces that the other ranks wait for
         device = parts[0].device if parts else layout.device()
         total = layout.all_reduce(torch.tensor(count, dtype=torch.float64, device=device), dist.ReduceOp.SUM)
         if error is not None:
@@ -156,12 +156,13 @@ def read_tensors(
 def _read_for_norm(call: Call, read: Callable[[list[Tensor]], GradientList]) -> GradientList | None:
     """Return the tensors and how they lie on the ranks, or None for what belongs to torch's functions."""
     parts, numbers, examples = unwrap(call.tensors)
-    meshes = meshes_of(examples)
+    owners: Sequence[Tensor] = examples
     # Parameters are asked for the meshes only where that may say more: it takes as long as to ask gradients.
-    if len(call.tensors) < len(call.parameters) or not all(map(mesh_of, examples)):
-        meshes = meshes_of(unwrap(call.parameters)[2], examples)
+    if len(call.tensors) < len(call.parameters) or any(mesh_of(t) is None for t in examples):
+        owners = unwrap(call.parameters)[2]
+    meshes = meshes_of(owners, examples)
     is_torchs = call.group is None and len(meshes) == 1
-    is_torchs = is_torchs and all(mesh_of(t) is not None for t in examples or call.parameters)
+    is_torchs = is_torchs and all(mesh_of(t) is not None for t in examples or owners)
     problem = _problem(call, parts, numbers, examples)
     if is_torchs and (problem is not None or call.norm_type == 0.0):
         return None
@@ -181,12 +182,12 @@ def _read_for_norm(call: Call, read: Callable[[list[Tensor]], GradientList]) -> 
         joint.numbers, joint.weights = _weights(layout, call.owners, numbers, examples, call.copies)
         joint.whole = whole = read(parts)
     except Exception as error:
-        joint.error = error  # raised once this rank has taken part in what the others wait for
+        joint.error = error  # raised after the all-reduces that the other ranks wait for
     return ShardedGradients(whole, call.tensors, joint, meshes[0] if is_torchs else None)
 
 
 def _problem(call: Call, parts: list[Tensor], numbers: list[int], examples: list[Tensor]) -> str | None:
-    """Return why the norm cannot be taken here, with the tensor that is to blame, or None if it can."""
+    """Return why the norm cannot be computed here, with the tensor that is to blame, or None if it can."""
     if gradients.has_dispatch_subclass(parts):
         index = next(i for i, part in enumerate(parts) if gradients.is_dispatch_subclass(part))
         reason = f"on this rank it holds a {type(parts[index]).__name__}, which dispatches by itself"
@@ -195,7 +196,8 @@ def _problem(call: Call, parts: list[Tensor], numbers: list[int], examples: list
         reason = str(_dtensors.why_unsupported(examples[example]))
     else:
         return None
-    return f"the norm of tensor {index} (shape {tuple(call.tensors[index].shape)}) cannot be taken: {reason}"
+    shape = tuple(call.tensors[index].shape)
+    return f"the norm of tensor {index} (shape {shape}) cannot be computed: {reason}"
 
 
 def _weights(

@@ -162,39 +162,39 @@ bool add(HeldList& held, PyObject* object, Py_ssize_t position) {
   return true;
 }
 
-}  // namespace
+// ---------------------------------------------------------------- types that decline to watch
 
-/// DTensors do not want to see what is done with them (`__torch_function__` is disabled), which
-/// torch finds out again at each access, for half of its time. While they are read, it need not
-/// ask.
+/// The `__torch_function__` of DTensors is disabled, which torch finds out again at each access,
+/// for half of its time. While this object is set for such a type, torch does not ask.
 class Unwatched {
  public:
   Unwatched() = default;
   Unwatched(const Unwatched&) = delete;
   Unwatched& operator=(const Unwatched&) = delete;
-  ~Unwatched() {
-    if (guard_) guard_.attr("__exit__")(py::none(), py::none(), py::none());
-  }
+  ~Unwatched() { leave(); }
 
   void set_for(PyTypeObject* type) {
     if (type == type_) return;
     type_ = type;
+    leave();
     const auto as_object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
     const py::object watcher = py::getattr(as_object, "__torch_function__", py::none());
-    const bool wanted = watcher.ptr() == torch().unwatched;
-    if (wanted && !guard_) {
-      guard_ = py::reinterpret_borrow<py::object>(torch().unwatched_guard)();
-      guard_.attr("__enter__")();
-    } else if (!wanted && guard_) {
-      guard_.attr("__exit__")(py::none(), py::none(), py::none());
-      guard_ = py::object();
-    }
+    if (watcher.ptr() != torch().unwatched) return;
+    guard_ = py::reinterpret_borrow<py::object>(torch().unwatched_guard)();
+    guard_.attr("__enter__")();
   }
 
  private:
+  void leave() {
+    if (guard_) guard_.attr("__exit__")(py::none(), py::none(), py::none());
+    guard_ = py::object();
+  }
+
   PyTypeObject* type_ = nullptr;
   py::object guard_;
 };
+
+}  // namespace
 
 // ---------------------------------------------------------------- lists
 
@@ -217,10 +217,8 @@ py::list gradients(const py::list& parameters) {
 }
 
 bool are_distinct(const py::list& objects) {
-  std::vector<PyObject*> addresses(static_cast<size_t>(PyList_GET_SIZE(objects.ptr())));
-  for (size_t i = 0; i < addresses.size(); ++i) {
-    addresses[i] = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
-  }
+  PyObject** const first = PySequence_Fast_ITEMS(objects.ptr());
+  std::vector<PyObject*> addresses(first, first + PyList_GET_SIZE(objects.ptr()));
   std::sort(addresses.begin(), addresses.end());
   return std::adjacent_find(addresses.begin(), addresses.end()) == addresses.end();
 }

@@ -33,7 +33,12 @@ def test_two_ranks_measure_and_send_one_number(tmp_path: Path, capsys: pytest.Ca
         assert r.norm_error is not None and r.norm_error < 1e-6
         assert r.p50_ms is not None and r.first_ms is not None and r.gone_ms is not None
     assert {(r.collectives, r.collective_bytes) for r in records if r.impl == OURS} == {(1, 8)}
-    assert path.with_suffix(".png").exists() == plot.available()
+    assert not path.with_suffix(".png").exists()  # the figure shows runs on one rank
+
+
+def test_the_figure_shows_runs_on_one_rank(tmp_path: Path) -> None:
+    path = tmp_path / "a-distributed.png"
+    assert distributed_results.draw(MACHINE, [SMALL], path) == path.exists() == plot.available()
 
 
 def test_a_wrong_norm_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
