@@ -75,10 +75,7 @@ class GradientList:
             parts = [(b if b.name == "foreach" else FOREACH, tensors) for b, tensors in parts]
         if len(parts) == 1 and parts[0][1].device == device:
             backend, tensors = parts[0]
-            if rule.is_plain:
-                return backend.norm(tensors, norm_type, rule, dtype)
-            total, _ = backend.norm(tensors, norm_type, REPORT, dtype)
-            return total, rule.clip_coef(total)
+            return backend.norm(tensors, norm_type, rule, dtype)
         if not parts:
             total = torch.zeros((), dtype=dtype, device=device)
         else:

@@ -96,7 +96,7 @@ class Backend(Protocol):
         """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
 
         The norm is a new 0-d tensor of this dtype (float32 or float64) on the device of the tensors, of
-        which one has an element. The orders <= 0 are for ``foreach`` alone. The rule is a plain one.
+        which one has an element. The orders <= 0 are for ``foreach`` alone.
         """
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from gradclip_ext import _extension
 from gradclip_ext.backends.base import TensorList, units_of
 from gradclip_ext.backends.foreach import ForeachBackend, SegmentsByForeach
-from gradclip_ext.norms import AdaptiveRule, Coefficient, Rule
+from gradclip_ext.norms import REPORT, AdaptiveRule, Coefficient, Rule
 
 # For what the CUDA kernels do not do.
 _FOREACH = ForeachBackend()
@@ -31,11 +32,13 @@ class CpuBackend:
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        norm, clip_coef = _extension.C.cpu_norm(
-            tensors.native(), norm_type, rule.max_norm, dtype is torch.float64
+        max_norm = rule.max_norm if rule.is_plain else math.inf
+        number, clip_coef = _extension.C.cpu_norm(
+            tensors.native(), norm_type, max_norm, dtype is torch.float64
         )
         # half the time of torch.tensor()
-        return torch.scalar_tensor(norm, dtype=dtype, device=tensors.device), clip_coef
+        norm = torch.scalar_tensor(number, dtype=dtype, device=tensors.device)
+        return norm, clip_coef if rule.is_plain else rule.clip_coef(norm)
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
         if isinstance(clip_coef, Tensor) and clip_coef.dim():
@@ -121,6 +124,9 @@ class CudaBackend(SegmentsByForeach):
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
+        if not rule.is_plain:
+            norm, _ = self.norm(tensors, norm_type, REPORT, dtype)
+            return norm, rule.clip_coef(norm)
         native = tensors.native()
         norm = torch.empty((), dtype=dtype, device=tensors.device)
         clip_coef = torch.empty((), dtype=dtype, device=tensors.device)

@@ -72,7 +72,9 @@ class TritonBackend(SegmentsByForeach):
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        assert isinstance(rule.max_norm, float)
+        if not isinstance(rule.max_norm, float) or rule.zero_if_nonfinite:
+            norm, _ = self.norm(tensors, norm_type, REPORT, dtype)
+            return norm, rule.clip_coef(norm)
         norm = torch.empty((), dtype=dtype, device=tensors.device)
         clip_coef = None if rule.max_norm == math.inf else torch.empty_like(norm)
         try:
