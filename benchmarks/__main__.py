@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks import machine, measure, plot, results, terminal
-from benchmarks.cases import CASES, DTYPES, OPERATIONS, Case, Operation, gradient_bytes
+from benchmarks.cases import CASES, DTYPES, Case, gradient_bytes
 from benchmarks.contenders import is_ours
 from benchmarks.machine import BandwidthMeter
 from benchmarks.measure import Settings
+from benchmarks.operations import OPERATIONS, Operation
 from benchmarks.plan import Plan, UsageError, Work, parse, plan
 from benchmarks.results import Record, Results, Skipped
 from benchmarks.terminal import Progress

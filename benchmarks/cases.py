@@ -1,17 +1,17 @@
-"""What is measured: the parameter shapes, the operations, and the gradients they run on."""
+"""What is measured on: the parameter shapes, and random gradients of these shapes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.machine import Bandwidths, Call
+from benchmarks.machine import Call
+from benchmarks.operations import GRADIENT_STD, Operation
 from gradclip_ext import reference
 
 # ---------------------------------------------------------------- shapes
@@ -128,90 +128,6 @@ _CASES = (
 CASES: dict[str, Case] = {case.name: case for case in _CASES}
 DEFAULT_CASES = ("gpt2-124m", "resnet-50", "2000x64")
 
-# ---------------------------------------------------------------- operations
-
-# Gradients are drawn with this standard deviation, so that CLIP_VALUES touch none of them (128
-# standard deviations) or all but 0.1 % of them (2^-10 of one). Powers of two are exact in every dtype.
-GRADIENT_STD = 2.0**-7
-CLIP_VALUES = {"unclipped": 1.0, "clipped": 2.0**-17}
-# max_norm as a multiple of the true norm, so far from it that no rounding decides whether a call clips.
-# A factor of 0.5 would be exact in every dtype and hide an error of the coefficient; 0.6 is not exact.
-MAX_NORM_FACTORS = {"unclipped": 2.0, "clipped": 0.6}
-# The ``op`` of a record ends with this if AdamW's step follows the clipping.
-STEP = "+adamw"
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One public function in one state.
-
-    Args:
-        function: its name, in torch.nn.utils and in gradclip_ext.
-        state: "clipped" if (nearly) every element has to change, else "unclipped".
-        reads: passes over the gradients that only read.
-        updates: passes that read and write back.
-        with_step: AdamW's step follows, and both are timed together, on gradients as backward leaves
-            them: in new tensors, just written.
-
-    No implementation can avoid these passes if the gradients do not fit in cache. If they fit, a call may be
-    faster than the bound that is computed from the passes.
-    """
-
-    function: str
-    state: str
-    reads: int
-    updates: int
-    with_step: bool = False
-
-    @property
-    def name(self) -> str:
-        """The ``op`` of a record."""
-        return self.function + STEP if self.with_step else self.function
-
-    @property
-    def label(self) -> str:
-        """What ``--ops`` calls it."""
-        return f"{self.name}:{self.state}"
-
-    def threshold(self, norm: float) -> float | None:
-        """Return the second argument for gradients of this norm, or None if there is none."""
-        if self.function == "clip_grad_norm_":
-            return MAX_NORM_FACTORS[self.state] * norm
-        if self.function == "clip_grad_value_":
-            return CLIP_VALUES[self.state]
-        return None
-
-    def bind(self, function: Callable[..., Any], parameters: Sequence[Parameter], norm: float) -> Call:
-        """Return the call with its arguments ready, so that timing it times nothing else."""
-        threshold = self.threshold(norm)
-        if threshold is None:
-            tensors = [p.grad for p in parameters]
-            return lambda: function(tensors)
-        return lambda: function(parameters, threshold)
-
-    def moved_bytes(self, size: int) -> int:
-        """Return how many bytes have to move for gradients of ``size`` bytes."""
-        return (self.reads + 2 * self.updates) * size
-
-    def bound_us(self, size: int, bandwidths: Bandwidths) -> float:
-        """Return the time that moving them takes at the bandwidths measured on this machine."""
-        read = self.reads * size / bandwidths.read_gbps
-        update = 2 * self.updates * size / bandwidths.inplace_gbps
-        return (read + update) / 1e3
-
-
-OPERATIONS = (
-    Operation("clip_grad_norm_", "unclipped", reads=1, updates=0),
-    Operation("clip_grad_norm_", "clipped", reads=1, updates=1),
-    Operation("clip_grad_value_", "unclipped", reads=1, updates=0),
-    Operation("clip_grad_value_", "clipped", reads=0, updates=1),
-    Operation("get_total_norm", "unclipped", reads=1, updates=0),
-    # AdamW reads the gradients, and updates the weights and two moments of the same size.
-    Operation("clip_grad_norm_", "unclipped", reads=2, updates=3, with_step=True),
-    Operation("clip_grad_norm_", "clipped", reads=2, updates=4, with_step=True),
-)
-FUNCTIONS = tuple(dict.fromkeys(operation.function for operation in OPERATIONS))
-
 # ---------------------------------------------------------------- gradients
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -245,9 +161,20 @@ class Workload:
         device: where the gradients live.
         cache_bytes: size of the cache in which no gradients may be, see machine.cache_bytes.
         seed: of the random values.
+        with_weights: whether the weights are read, too. They then have the gradients' values,
+            slices along dimension 0 in reverse.
     """
 
-    def __init__(self, case: Case, dtype: str, device: torch.device, cache_bytes: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        dtype: str,
+        device: torch.device,
+        cache_bytes: int,
+        seed: int = 0,
+        *,
+        with_weights: bool = False,
+    ) -> None:
         self.case = case
         self.device = device
         self.dtype = dtype
@@ -258,13 +185,14 @@ class Workload:
             torch.empty(shape, dtype=tensor_dtype, device=device).normal_(0.0, GRADIENT_STD, generator=random)
             for shape, tensor_dtype in zip(case.shapes, dtypes_of(case, dtype))
         ]
-        self._copies = [[_parameter(t) for t in self.original] for _ in range(copies)]
+        self._copies = [[_parameter(t, with_weights) for t in self.original] for _ in range(copies)]
         self._turn = 0
         too_small = copies * self.bytes < _CACHES * cache_bytes
         self._sweep = torch.zeros(_CACHES * cache_bytes // 4, device=device) if too_small else None
         self._trained: list[Parameter] = []
         self._optimizer: torch.optim.AdamW | None = None
-        self.norm = reference.total_norm([torch.tensor(list(self._chunk_norms()), dtype=torch.float64)])
+        self.norms = [_combined(reference.total_norm([c]) for c in chunks(t)) for t in self.original]
+        self.norm = _combined(self.norms)
 
     def next(self) -> list[Parameter]:
         """Return the parameters of the copy that was used longest ago."""
@@ -294,10 +222,9 @@ class Workload:
         if self._sweep is not None:
             self._sweep.sum()
 
-    def _chunk_norms(self) -> Iterator[float]:
-        for tensor in self.original:
-            for chunk in chunks(tensor):
-                yield reference.total_norm([chunk])
+
+def _combined(norms: Iterable[float]) -> float:
+    return reference.total_norm([torch.tensor(list(norms), dtype=torch.float64)])
 
 
 def grads(parameters: Iterable[Parameter]) -> list[Tensor]:
@@ -332,8 +259,12 @@ def why_not_measurable(
     if dtype == MIXED and case.tensors == 1:
         return "a single tensor has a single dtype"
     size = gradient_bytes(case, dtype)
-    needed = (_copies(case, size, cache_bytes) + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
+    copies = _copies(case, size, cache_bytes)
+    needed = (copies + 1) * size + _CACHES * cache_bytes + _SCRATCH_BYTES
     what = "it"
+    if operation.reads_weights:
+        needed += copies * size
+        what = operation.name
     if operation.with_step:
         needed += _STEP_COPIES * size
         what = operation.name
@@ -352,8 +283,8 @@ def _copies(case: Case, size: int, cache_bytes: int) -> int:
     return max(1, min(enough, _MAX_TENSORS // case.tensors))
 
 
-def _parameter(values: Tensor) -> Parameter:
-    # Clipping does not read the weights, so one element is enough for all of them.
-    parameter = Parameter(values.new_zeros(()).expand(values.shape))
+def _parameter(values: Tensor, with_weights: bool) -> Parameter:
+    # Where the weights are not read, one element is enough for all of them.
+    parameter = Parameter(values.flip(0) if with_weights else values.new_zeros(()).expand(values.shape))
     parameter.grad = values.clone()
     return parameter

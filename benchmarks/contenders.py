@@ -1,5 +1,7 @@
 """The implementations that are measured: torch.nn.utils, the backends of gradclip_ext, and other libraries.
 
+Where torch.nn.utils has no such function, what one writes with torch's operations stands under its name.
+
 Other libraries, the peers, are measured if they are installed; none of them is a dependency. There is one
 function per peer, which imports the library, returns its Implementation, and raises Missing with the reason
 if it cannot be measured here. If a library does not offer an operation, the results have a row that says so.
@@ -21,7 +23,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import gradclip_ext
-from benchmarks.cases import FUNCTIONS, grads
+from benchmarks import compositions
+from benchmarks.cases import grads
+from benchmarks.operations import ADAPTIVE, ADAPTIVE_EPS, BEYOND_TORCH, FUNCTIONS, PER_TENSOR, STATS
 from gradclip_ext import backends
 
 BASELINE = "torch.nn.utils"
@@ -35,7 +39,7 @@ class Implementation:
 
     Args:
         name: the ``impl`` of a record.
-        functions: name of a function of torch.nn.utils to a function with its leading arguments.
+        functions: the ``function`` of an operation to a function with its leading arguments.
         version: of another library; None for torch and ours, which the machine block has.
         note: its limits, for people.
     """
@@ -58,7 +62,7 @@ def is_ours(name: str) -> bool:
 def available(device: torch.device) -> tuple[dict[str, Implementation], dict[str, str]]:
     """Return what can be measured on this device by name, and for the rest the reason why not."""
     found = [
-        Implementation(BASELINE, _functions(torch.nn.utils)),
+        Implementation(BASELINE, _functions(torch.nn.utils) | _TORCH_BEYOND),
         Implementation(LOOP, _functions(torch.nn.utils, foreach=False), note="one tensor at a time"),
     ]
     missing = {}
@@ -66,7 +70,7 @@ def available(device: torch.device) -> tuple[dict[str, Implementation], dict[str
         name = f"{_OURS}{backend_name}]"
         reason = backend.why_unavailable(device)
         if reason is None:
-            found.append(Implementation(name, _functions(gradclip_ext, backend=backend_name)))
+            found.append(Implementation(name, _our_functions(backend_name)))
         else:
             missing[name] = reason
     for name, peer in PEERS.items():
@@ -90,7 +94,23 @@ def full_name(name: str) -> str:
 
 
 def _functions(module: ModuleType, **fixed: Any) -> dict[str, Callable[..., Any]]:
-    return {name: partial(getattr(module, name), **fixed) for name in FUNCTIONS}
+    return {name: partial(getattr(module, name), **fixed) for name in FUNCTIONS if name not in BEYOND_TORCH}
+
+
+_TORCH_BEYOND: dict[str, Callable[..., Any]] = {
+    STATS: compositions.get_grad_stats,
+    PER_TENSOR: compositions.clip_each_,
+    ADAPTIVE: partial(compositions.adaptive_clip_grad_, eps=ADAPTIVE_EPS),
+}
+
+
+def _our_functions(backend: str) -> dict[str, Callable[..., Any]]:
+    clip_each_ = partial(gradclip_ext.clip_grad_norm_, per_tensor=True, backend=backend)
+    return _functions(gradclip_ext, backend=backend) | {
+        STATS: partial(gradclip_ext.get_grad_stats, backend=backend),
+        PER_TENSOR: clip_each_,
+        ADAPTIVE: partial(gradclip_ext.adaptive_clip_grad_, eps=ADAPTIVE_EPS, backend=backend),
+    }
 
 
 # ---------------------------------------------------------------- peers

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders, machine, measure
-from benchmarks.cases import CASES, OPERATIONS, Workload
+from benchmarks.cases import CASES, Workload
 from benchmarks.contenders import BASELINE, LOOP
 from benchmarks.machine import Call
+from benchmarks.operations import OPERATIONS
 
 OUT = Path(__file__).parent / "out"
 _SOURCE = Path(__file__).with_name("gpu_probes.cu")

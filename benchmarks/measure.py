@@ -21,10 +21,11 @@ from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import gate, machine
-from benchmarks.cases import OPERATIONS, Case, Operation, Workload
+from benchmarks.cases import Case, Workload
 from benchmarks.contenders import BASELINE, Implementation
 from benchmarks.gate import Verdict
 from benchmarks.machine import Bandwidths, Call, Clock, cache_bytes
+from benchmarks.operations import OPERATIONS, Operation
 from benchmarks.results import HostTime, Record
 
 # The smallest number of repeats that gives a reliable median, and the largest that improves it.
@@ -66,7 +67,9 @@ def measure_case(
     so that the others can be compared with it, but gets no speed-up, no bandwidth and no share of the
     bound.
     """
-    workload = Workload(case, dtype, settings.device, cache_bytes(settings.device))
+    with_weights = any(operation.reads_weights for operation in operations)
+    cache = cache_bytes(settings.device)
+    workload = Workload(case, dtype, settings.device, cache, with_weights=with_weights)
     judged: dict[tuple[str, str], dict[str, Verdict]] = {}
     for operation in operations:
         call = operation.function, operation.state  # the same with an optimizer's step and without

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import contenders, machine, results
-from benchmarks.cases import CASES, DEFAULT_CASES, DTYPES, OPERATIONS, Case, Operation, why_not_measurable
+from benchmarks.cases import CASES, DEFAULT_CASES, DTYPES, Case, why_not_measurable
 from benchmarks.contenders import BASELINE, LOOP, Implementation
 from benchmarks.measure import ENOUGH_REPEATS
+from benchmarks.operations import BEYOND_TORCH, OPERATIONS, Operation
 from benchmarks.results import Results, Skipped
 
 # The operations to be measured, by case and dtype.
@@ -28,15 +29,15 @@ class Extent:
 
     Args:
         cases, dtypes: names.
-        step_cases: those on which AdamW's step is measured, too, unless --ops names it; a step takes
-            several times as long as clipping.
+        more_cases: those on which AdamW's step and what torch.nn.utils has no function for is measured, too,
+            unless --ops names it; torch takes many times as long for these.
         loop: whether torch's loop is measured, too.
         seconds: for one operation on one case, if the repeats allow.
         host_rounds: see measure.host_times.
     """
 
     cases: tuple[str, ...]
-    step_cases: tuple[str, ...]
+    more_cases: tuple[str, ...]
     dtypes: tuple[str, ...]
     loop: bool
     seconds: float
@@ -181,8 +182,8 @@ def _work(
     skipped = []
     for case, dtype in product(cases, dtypes):
         operations = _operations(names)
-        if "all" in names and case.name not in extent.step_cases:
-            operations = [o for o in operations if not o.with_step]
+        if "all" in names and case.name not in extent.more_cases:
+            operations = [o for o in operations if not (o.with_step or o.function in BEYOND_TORCH)]
         reasons = {o: why_not_measurable(case, dtype, o, cache, free) for o in operations}
         measurable = [o for o, reason in reasons.items() if reason is None]
         messages = [reason for reason in dict.fromkeys(reasons.values()) if reason is not None]

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import distributed_results, plot
-from benchmarks.cases import STEP
 from benchmarks.contenders import BASELINE, is_ours
+from benchmarks.operations import STEP
 from benchmarks.results import Record, Results, Training, host_costs, is_training, training_file_name
 from benchmarks.terminal import amount, duration, every_row, percent, ratio
 

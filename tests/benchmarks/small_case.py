@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure
-from benchmarks.cases import OPERATIONS, Case, Operation
+from benchmarks.cases import Case
 from benchmarks.contenders import Implementation, available
 from benchmarks.machine import Bandwidths
 from benchmarks.measure import Settings
+from benchmarks.operations import OPERATIONS, Operation
 from benchmarks.results import Record
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import torch
 from small_case import CPU, SMALL
 
 import gradclip_ext
-from benchmarks.cases import CASES, OPERATIONS, STEP, Case, Workload, dtypes_of, why_not_measurable
+from benchmarks.cases import CASES, Case, Workload, dtypes_of, why_not_measurable
 from benchmarks.machine import Bandwidths
+from benchmarks.operations import OPERATIONS, STEP
 
 
 @pytest.mark.parametrize(

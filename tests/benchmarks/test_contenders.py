@@ -15,8 +15,8 @@ from small_case import CPU, SETTINGS, SMALL
 from torch import Tensor
 
 from benchmarks import contenders, measure
-from benchmarks.cases import OPERATIONS, STEP
 from benchmarks.contenders import available
+from benchmarks.operations import OPERATIONS, STEP
 
 GPU = torch.device("cuda")  # only named: no tensor is made there
 

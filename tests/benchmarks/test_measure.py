@@ -9,10 +9,11 @@ from torch import Tensor
 
 import gradclip_ext
 from benchmarks import machine, measure, terminal
-from benchmarks.cases import OPERATIONS, Workload
+from benchmarks.cases import Workload
 from benchmarks.contenders import BASELINE, Implementation, available
 from benchmarks.machine import Clock
 from benchmarks.measure import Timing, percentile
+from benchmarks.operations import OPERATIONS
 
 
 def test_a_wrong_torch_is_timed_but_gets_no_speedup() -> None:
