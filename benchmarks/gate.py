@@ -184,7 +184,11 @@ def _unit_norms(rows: Tensor) -> Tensor:
 def _wrong_counts(stats: Any, workload: Workload) -> str | None:
     """Return what is wrong among the statistics that have to be exact, or None."""
     for index, values in enumerate(workload.original):
-        exact = {"absmax": values.abs().amax(), "zeros": (values == 0).sum(), "nonfinite": 0}
+        exact: dict[str, Tensor | int] = {
+            "absmax": values.abs().amax(),
+            "zeros": (values == 0).sum(),
+            "nonfinite": 0,
+        }
         for name, number in exact.items():
             found = float(getattr(stats, name)[index])
             if found != float(number):

@@ -11,6 +11,7 @@ from zlib import crc32
 
 from benchmarks.cases import DTYPES
 from benchmarks.contenders import BASELINE
+from benchmarks.operations import BEYOND_TORCH
 from benchmarks.results import Record, Results
 
 try:  # Figure alone needs no display and changes no global state, unlike pyplot
@@ -31,13 +32,17 @@ def available() -> bool:
     return Figure is not None
 
 
-def speedups(results: Results, path: Path, wanted: Callable[[Record], bool] = lambda record: True) -> bool:
+def _is_in_torch(record: Record) -> bool:
+    return record.op not in BEYOND_TORCH
+
+
+def speedups(results: Results, path: Path, wanted: Callable[[Record], bool] = _is_in_torch) -> bool:
     """Draw the speed-up over torch.nn.utils, a panel per implementation and operation.
 
     Args:
         results: what failed the gate, and torch.nn.utils itself, is left out.
         path: of the PNG.
-        wanted: tells which of the other records to draw. Default: all.
+        wanted: tells which of the other records to draw. Default: the functions that torch.nn.utils has.
 
     Returns:
         Whether there was anything to draw, and matplotlib to draw it.
@@ -45,13 +50,18 @@ def speedups(results: Results, path: Path, wanted: Callable[[Record], bool] = la
     shown = [
         r for r in results.records if r.impl != BASELINE and r.speedup_vs_torch is not None and wanted(r)
     ]
-    caption = "speed-up over torch.nn.utils (times, log scale); right of the dashed line is faster"
+    caption = "speed-up over torch (times, log scale); right of the dashed line is faster"
     return _dots(results, shown, path, caption, value=lambda r: r.speedup_vs_torch, line=lambda r: 1.0)
+
+
+def speedups_beyond(results: Results, path: Path) -> bool:
+    """Draw the speed-up over torch's operations where torch.nn.utils has no function; see speedups."""
+    return speedups(results, path, lambda record: not _is_in_torch(record))
 
 
 def bandwidths(results: Results, path: Path) -> bool:
     """Draw the bandwidth that each implementation achieves against the one measured; see speedups."""
-    shown = [r for r in results.records if r.gbps is not None]
+    shown = [r for r in results.records if r.gbps is not None and _is_in_torch(r)]
     caption = (
         "achieved bandwidth: bytes that have to move, over time (GB/s, log scale); "
         "dashed: the bound measured in this run"
@@ -228,8 +238,13 @@ def training(
 
 
 def draw_all(results: Results, path: Path) -> list[Path]:
-    """Draw speed-ups at ``path`` and bandwidths and host times beside it; return what was drawn."""
-    drawings = {"": speedups, "-bandwidth": bandwidths, "-host": host_times}
+    """Draw speed-ups at ``path`` and the other figures beside it; return what was drawn."""
+    drawings: dict[str, Callable[[Results, Path], bool]] = {
+        "": speedups,
+        "-beyond": speedups_beyond,
+        "-bandwidth": bandwidths,
+        "-host": host_times,
+    }
     pictures = {path.with_name(f"{path.stem}{suffix}.png"): draw for suffix, draw in drawings.items()}
     return [picture for picture, draw in pictures.items() if draw(results, picture)]
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 
 from benchmarks import distributed_results, plot
 from benchmarks.contenders import BASELINE, is_ours
-from benchmarks.operations import STEP
+from benchmarks.operations import ADAPTIVE, BEYOND_TORCH, PER_TENSOR, STATS, STEP
 from benchmarks.results import Record, Results, Training, host_costs, is_training, training_file_name
 from benchmarks.terminal import amount, duration, every_row, percent, ratio
 
@@ -32,8 +32,17 @@ _COLUMNS = {
     "clip_grad_value_:clipped": "value, all exceed",
     "get_total_norm:unclipped": "`get_total_norm`",
 }
+# Where torch.nn.utils has no function, torch's operations are compared.
+_BEYOND_COLUMNS = {
+    f"{STATS}:unclipped": "statistics",
+    f"{PER_TENSOR}:unclipped": "per tensor, nothing to clip",
+    f"{PER_TENSOR}:clipped": "per tensor, clipping",
+    f"{ADAPTIVE}:unclipped": "adaptive, nothing to clip",
+    f"{ADAPTIVE}:clipped": "adaptive, clipping",
+}
 # README shows models that people train, and many tiny tensors; the index has the rest.
 _README_COLUMNS = ("clip_grad_norm_:unclipped", "clip_grad_norm_:clipped", "clip_grad_value_:clipped")
+_README_BEYOND = (f"{STATS}:unclipped", f"{PER_TENSOR}:clipped", f"{ADAPTIVE}:clipped")
 _README_ROWS = {
     ("gpt2-124m", "float32"): "GPT-2 (124M)",
     ("gpt2-124m", "bfloat16"): "GPT-2 (124M)",
@@ -63,6 +72,7 @@ def readme_blocks(files: dict[str, Results], folder: Path = FOLDER) -> dict[str,
         "numbers": _text(_first_screen(files)),
         "sharded": _text(_sharded_tables(files, folder)),
         "table": _text(_small_tables(files)),
+        "beyond": _text(_beyond_tables(files)),
     }
 
 
@@ -107,6 +117,15 @@ def _small_tables(files: dict[str, Results]) -> Iterator[str]:
     if not any(results.machine["gpu"] for results in files.values()):
         yield "There is no results file of a GPU yet."
         yield ""
+
+
+def _beyond_tables(files: dict[str, Results]) -> Iterator[str]:
+    """Yield for each file what torch.nn.utils has no function for."""
+    for results in files.values():
+        rows = {key: name for key, name in _README_ROWS.items() if key in _rows(results, BEYOND_TORCH)}
+        if rows:
+            yield from _table(results, rows, _README_BEYOND)
+            yield ""
 
 
 def _sharded_tables(files: dict[str, Results], folder: Path) -> Iterator[str]:
@@ -158,6 +177,10 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
     for stem, results in files.items():
         parts += [f"## [{results.title}]({stem}.jsonl)", "", *_heading(results), ""]
         parts += [*_table(results, {key: key[0] for key in _rows(results)}, tuple(_COLUMNS)), ""]
+        beyond = {key: key[0] for key in _rows(results, BEYOND_TORCH)}
+        if beyond:
+            parts += [*_table(results, beyond, tuple(_BEYOND_COLUMNS)), ""]
+            parts += [f"![speed-up beyond torch's functions]({stem}-beyond.png)", ""]
         parts += [*_notes(results), f"![speed-up]({stem}.png)", "", f"![bandwidth]({stem}-bandwidth.png)", ""]
         if results.host:
             parts += [f"![host time]({stem}-host.png)", ""]
@@ -195,9 +218,9 @@ def _heading(results: Results) -> Iterator[str]:
     yield f"at {block['inplace_gbps']:.1f} GB/s, medians of the run."
 
 
-def _rows(results: Results) -> dict[tuple[str, str], Record]:
-    """Return a record of every case and dtype that was measured."""
-    return {(r.case, r.dtype): r for r in results.records}
+def _rows(results: Results, functions: Collection[str] | None = None) -> dict[tuple[str, str], Record]:
+    """Return a record of every case and dtype on which one of these functions, or any, was measured."""
+    return {(r.case, r.dtype): r for r in results.records if functions is None or r.op in functions}
 
 
 def _table(results: Results, rows: dict[tuple[str, str], str], columns: Sequence[str]) -> Iterator[str]:
@@ -209,11 +232,12 @@ def _table(results: Results, rows: dict[tuple[str, str], str], columns: Sequence
         columns: operations with their states.
     """
     ours = default_backend(results)
-    yield f"Speed-up of `{ours}` over `{BASELINE}`{_repeats(results.records)}; in brackets,"
+    theirs = f"`{BASELINE}`" if columns[0] in _COLUMNS else "torch's operations"
+    yield f"Speed-up of `{ours}` over {theirs}{_repeats(results.records)}; in brackets,"
     yield "the share of the speed at which this memory moves the bytes that have to move (what fits in"
     yield "cache may exceed it)."
     yield ""
-    yield "| gradients | " + " | ".join(_COLUMNS[label] for label in columns) + " |"
+    yield "| gradients | " + " | ".join((_COLUMNS | _BEYOND_COLUMNS)[label] for label in columns) + " |"
     yield "|---|" + "---|" * len(columns)
     found = {(r.case, r.dtype, f"{r.op}:{r.state}"): r for r in results.records if r.impl == ours}
     sizes = _rows(results)

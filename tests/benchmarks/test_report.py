@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plot, report
+from benchmarks.operations import STATS
 from benchmarks.results import HostTime, Record, Results, Skipped
 
 REMEDY = "run python -m benchmarks.report"
@@ -133,6 +134,18 @@ def test_the_index_says_what_is_in_the_file(results: Results) -> None:
     assert "takes the host 15 µs for 300 one-element tensors\nand 0.05 µs for each further one" in text
     assert "`deepspeed` 0.18: slow." in text
     assert "Not measured: llama-3-8b in float32: it needs 64.1 GB." in text
+
+
+def test_what_torch_has_no_function_for_gets_a_table_of_its_own(results: Results, tmp_path: Path) -> None:
+    results.records.append(replace(RECORD, op=STATS, speedup_vs_torch=9.5))
+    block = report.readme_blocks({"a": results}, tmp_path)["beyond"]
+    assert "over torch's operations" in block
+    row = "| GPT-2 (124M), float32: 148 tensors, 498 MB | 9.50x (86 %) | not measured | not measured |"
+    assert block.splitlines()[-1] == row
+    assert "a-beyond.png" in report.index({"a": results}, tmp_path)
+    if plot.available():
+        report.draw("a", results, tmp_path)
+        assert (tmp_path / "a-beyond.png").exists()
 
 
 @pytest.mark.skipif(not plot.available(), reason="matplotlib is not installed")
