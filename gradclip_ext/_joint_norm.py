@@ -15,7 +15,7 @@ from gradclip_ext._dtensors import unwrap
 from gradclip_ext._layout import Layout
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
-from gradclip_ext.norms import REPORT, combine_norms, on_device, result_dtype
+from gradclip_ext.norms import REPORT, on_device, result_dtype
 from gradclip_ext.segments import Segments
 
 Copies = Callable[[Any], int]
@@ -88,54 +88,79 @@ class JointNorm:
             raise error
         return total
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Return the norm of everything, and the rows of :meth:`Backend.statistics` with a column for each
-        parameter: of whole gradients, in float64, the same on all ranks.
+    def statistics(self) -> Tensor:
+        """Return the rows of :meth:`Backend.statistics` with a column for each parameter: of whole gradients,
+        in float64, the same on all ranks. Two all-reduces, of 2 T and 3 T numbers."""
+        return self._of_each(4, lambda whole: whole.statistics(self._call.norm_type)[1])
 
-        One MAX of 2 T numbers, then one SUM of 3 T numbers, so all ranks need the same T parameters in the
-        same order. The order of the norms is above 0.
+    def norms(self) -> Tensor:
+        """Return the norm of each parameter's whole gradient, as above. Two all-reduces of T numbers."""
+        return self._of_each(1, lambda whole: whole.clip_each_(self._call.norm_type, REPORT)[None])[0]
+
+    def _of_each(self, count: int, read: Callable[[GradientList], Tensor]) -> Tensor:
+        """Return what ``read`` says of every gradient, joined over the ranks: ``count`` rows of norms, largest
+        magnitudes and numbers that add up, with a column for each parameter.
+
+        All ranks need the same T parameters in the same order. The order of the norms is above 0.
         """
         error, rows = self.error, None
+        pieces = _dtensors.sum_partials([self._call.tensors[index] for index in self._unsummed])
         if error is None:
             try:
-                rows = self._own_statistics()
+                rows = self._own_rows(count, read, pieces)
             except Exception as caught:
                 error = caught  # raised once this rank has taken part in what the others wait for
         if rows is None:
-            rows = torch.full((5, len(self._call.parameters)), math.nan, dtype=torch.float64)
-        norms, largest, zeros, nonfinite, weights = rows.to(self._device)
+            rows = torch.full((count + 1, len(self._call.parameters)), math.nan, dtype=torch.float64)
+        self._check_same_length(error)
+        *own, weights = rows.to(self._device)
         order = self._call.norm_type
-        bits = torch.stack([norms, largest]).view(torch.int64) & _WITHOUT_SIGN  # as in _dominant
-        dominant, absmax = self._layout.all_reduce(bits, dist.ReduceOp.MAX).view(torch.float64)
-        is_ordinary = (dominant > 0.0) & (dominant < math.inf)
-        ratios = torch.where(is_ordinary, norms / dominant, 0.0)
+        bits = torch.stack(own[:2]).view(torch.int64) & _WITHOUT_SIGN  # as in _dominant
+        norms, *largest = self._layout.all_reduce(bits, dist.ReduceOp.MAX).view(torch.float64)
+        is_ordinary = (norms > 0.0) & (norms < math.inf)
+        ratios = torch.where(is_ordinary, own[0] / norms, 0.0)
         powers = ratios.pow(order) if math.isfinite(order) else ratios
-        sums = torch.stack([powers, zeros, nonfinite]) * weights
-        powers, zeros, nonfinite = self._layout.all_reduce(sums, dist.ReduceOp.SUM)
+        sums = self._layout.all_reduce(torch.stack([powers, *own[2:]]) * weights, dist.ReduceOp.SUM)
         if error is not None:
             raise error
         if math.isfinite(order):
-            dominant = torch.where(is_ordinary, dominant * powers.pow(1.0 / order), dominant)
-        total = combine_norms(dominant.unbind(), order) if len(dominant) else dominant.new_zeros(())
+            norms = torch.where(is_ordinary, norms * sums[0].pow(1.0 / order), norms)
         # A share of 1/3 of a count, for a copy on each of three ranks, is not exact.
-        return total, torch.stack([dominant, absmax, zeros.round(), nonfinite.round()])
+        return torch.stack([norms, *largest, *sums[1:].round()])
 
-    def _own_statistics(self) -> Tensor:
-        """Return the rows of this rank's parts and, as a fifth one, their weights; 0 without a gradient."""
-        if self._unsummed:
-            index = self._unsummed[0]
-            tensor = self._call.tensors[index]
-            raise NotImplementedError(
-                f"get_grad_stats: gradient {index} (shape {tuple(tensor.shape)}) still has to be summed over "
-                "ranks (Partial): reduce it first, for instance with redistribute()"
+    def _own_rows(self, count: int, read: Callable[[GradientList], Tensor], pieces: list[Tensor]) -> Tensor:
+        """Return the rows of this rank's parts and, below them, their weights; 0 without a gradient."""
+        rows = torch.zeros(count + 1, len(self._call.parameters), dtype=torch.float64, device=self._device)
+        if not self._parts:
+            return rows
+        whole = self.whole
+        if pieces:
+            summed = dict(zip(self._unsummed, pieces))
+            parts = [summed.get(index, part) for index, part in enumerate(self._parts)]
+            whole = gradients.read_only(parts, self._call.selection)
+        found = read(whole).to(torch.float64)
+        weights = torch.tensor([self.weights[number] for number in self.numbers], dtype=torch.float64)
+        found = torch.cat([found, on_device(weights, found.device)[None]])
+        return Segments(list(self._call.parameters)).of_parameters(found)
+
+    def _check_same_length(self, error: Exception | None) -> None:
+        """Raise on all ranks alike if they have different numbers of parameters, whose vectors would be added
+        up wrongly or never.
+
+        Takes one more all-reduce, for which the host waits, so it is done once for a number and a layout.
+        """
+        count = len(self._call.parameters)
+        if count in self._layout.checked_lengths:
+            return
+        bounds = torch.tensor([count, -count], dtype=torch.int64, device=self._device)
+        most, least = self._layout.all_reduce(bounds, dist.ReduceOp.MAX).tolist()
+        if most != -least:
+            raise error or ValueError(
+                f"the ranks pass between {-least} and {most} parameters, this one {count}: results for each "
+                "parameter need the same parameters in the same order on all ranks of group= and of the "
+                "DTensors' meshes (pipeline stages differ: leave their mesh out of group=)"
             )
-        rows = torch.zeros(5, len(self._call.parameters), dtype=torch.float64, device=self._device)
-        if self._parts:
-            _, found = self.whole.statistics(self._call.norm_type)
-            weights = torch.tensor([self.weights[number] for number in self.numbers], dtype=torch.float64)
-            found = torch.cat([found, on_device(weights, found.device)[None]])
-            rows = Segments(list(self._call.parameters)).of_parameters(found)
-        return rows
+        self._layout.checked_lengths.add(count)
 
     def _norms(self, pieces: list[Tensor]) -> list[tuple[float, Tensor]]:
         """Return the weights that occur, each with the norm of this rank's tensors of that weight."""

@@ -67,6 +67,8 @@ class Layout:
         self.steps = joined.steps
         if len(self.steps) > 1 and self.size == dist.get_world_size():
             self.steps = [(len(sources) - 1, None)]
+        #: The numbers of parameters that all ranks were found to agree on.
+        self.checked_lengths: set[int] = set()
         named = [base, *(groups or ()), *on_this_rank]
         #: Where to communicate: for a group with several backends it has to be the same on all ranks.
         self.device_type = next((g.device_type for g in named if isinstance(g, DeviceMesh)), None)

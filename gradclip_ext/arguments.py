@@ -128,15 +128,6 @@ def as_total_norm(value: Any) -> Tensor:
     return value
 
 
-def refuse_groups(what: str, group: Any, copies: Any) -> None:
-    """Raise if other ranks are to take part in something that each rank does for itself."""
-    if group is not None or copies is not None:
-        raise ValueError(
-            f"{what} does not communicate, so group= and copies= would do nothing: leave them out if each "
-            "rank has whole gradients, or clip by the joint norm"
-        )
-
-
 def all_tensors(name: str, tensors: Sequence[Any]) -> list[Tensor]:
     """Return ``tensors`` if every element is a Tensor."""
     if not all(isinstance(t, Tensor) for t in tensors):

@@ -98,11 +98,11 @@ def clip_grad_norm_(
             nor a function, or the function returns anything else; group is not one of its types,
             or this rank is not in it.
         ValueError: max_norm is negative or NaN (where the host can see it), or a tensor of several
-            elements (with per_tensor, not of T); per_tensor is combined with group; error_if_nonfinite
-            and zero_if_nonfinite are both set; the backend does not exist; DTensors lie on meshes over
-            different ranks and group is None; meshes overlap and none holds the ranks of all; a group
-            overlaps the ranks before it in part; copies returns less than 1 or more than there are, or
-            is passed without group.
+            elements (with per_tensor, not of T); error_if_nonfinite and zero_if_nonfinite are both set;
+            with per_tensor, ranks have different numbers of parameters; the backend does not exist;
+            DTensors lie on meshes over different ranks and group is None; meshes overlap and none
+            holds the ranks of all; a group overlaps the ranks before it in part; copies returns less
+            than 1 or more than there are, or is passed without group.
         RuntimeError: error_if_nonfinite is set and the norm is NaN or infinite (the message
             names the first tensor that is to blame, and on the other ranks says that theirs
             are finite); a gradient is expanded; foreach=True on a device without foreach
@@ -112,7 +112,6 @@ def clip_grad_norm_(
         NotImplementedError: norm_type is 0 or a placement is not supported, among DTensors of
             several meshes, plain tensors or a group. With one mesh alone, torch's function
             handles these, but with a number as max_norm and without zero_if_nonfinite only.
-            per_tensor with DTensors.
 
     Note:
         Does not synchronise with an accelerator unless error_if_nonfinite is set, or a group
@@ -128,7 +127,9 @@ def clip_grad_norm_(
         (0, 6] takes one more, for the largest (smallest) norm. Partial gradients are first
         summed by one reduce-scatter for each dimension of a mesh and dtype; all ranks of that
         dimension need the same gradients in the same order. Otherwise lists may differ
-        between ranks, and a rank without gradients takes part. Over many ranks, float64
+        between ranks, and a rank without gradients takes part. per_tensor takes two all-reduces of T
+        numbers, and the same parameters on all ranks, whose number is compared at the first call, for
+        which the host waits. Over many ranks, float64
         gradients overflow where their norm to the power norm_type does.
 
     Example:
@@ -150,8 +151,7 @@ def clip_grad_norm_(
     with torch.no_grad():
         selection = Selection(backend, foreach, is_intercepted())
         if per_tensor:
-            arguments.refuse_groups("per_tensor=True", group, copies)
-            return clip_each_(listed, norm_type, rule, selection)
+            return clip_each_(listed, norm_type, rule, selection, group, copies)
         gradients = read_gradients(listed, selection, norm_type=norm_type, group=group, copies=copies)
         if gradients is None:
             number = rule.as_torch_takes_it()

@@ -24,7 +24,7 @@ from gradclip_ext._joint_norm import Call, Copies, JointNorm
 from gradclip_ext._layout import Layout, layout_of
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
-from gradclip_ext.norms import Coefficient, Rule
+from gradclip_ext.norms import Coefficient, Rule, combine_norms
 from gradclip_ext.segments import listed_once
 
 
@@ -265,8 +265,14 @@ class ShardedGradients(GradientList):
     def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
         """Return the norm over all ranks, and rows with a column for each parameter, the same on each."""
         assert self._joint is not None
-        total, rows = self._joint.statistics()
+        rows = self._joint.statistics()
+        total = combine_norms(rows[0].unbind(), norm_type) if rows.numel() else rows.new_zeros(())
         return total.to(self._joint.dtype()), rows
+
+    def norms(self, norm_type: float) -> Tensor:
+        """Return the norm of each parameter's whole gradient, the same on all ranks."""
+        assert self._joint is not None
+        return self._joint.norms().to(self._joint.dtype())
 
     def as_result(self, total_norm: Tensor) -> Tensor:
         return total_norm if self._mesh is None else _dtensors.replicated(total_norm, self._mesh)

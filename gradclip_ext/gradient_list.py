@@ -110,6 +110,10 @@ class GradientList:
         self.scale_(rule.clip_coef(each), rule.zero_if_nonfinite)
         return each
 
+    def norms(self, norm_type: float) -> Tensor:
+        """Return the norm of each gradient."""
+        return self.clip_each_(norm_type, REPORT)
+
     def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
         """Return the norm of all elements, and the rows of :meth:`Backend.statistics` for all tensors, in
         float64 on the device of the first one."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ from gradclip_ext.gradients import grads_of, holds_dtensor, read_gradients, read
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import result_dtype
 from gradclip_ext.segments import Segments
+
+if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = ProcessGroup | DeviceMesh
 
 
 class GradStats:
@@ -108,6 +114,8 @@ def get_grad_stats(
     parameters: torch.nn.Module | Tensor | Iterable[Tensor | tuple[str, Tensor]],
     norm_type: float = 2.0,
     *,
+    group: Group | Sequence[Group] | None = None,
+    copies: Callable[[Any], int] | None = None,
     backend: str | None = None,
 ) -> GradStats:
     """Return norms, largest magnitudes, zeros and non-finite values of all gradients, from one read.
@@ -120,6 +128,9 @@ def get_grad_stats(
             ``named_parameters()`` gives them. Their ``.grad`` is only read. One listed twice counts once;
             one without a gradient counts with 0 everywhere.
         norm_type: order p of the norms, as in :func:`clip_grad_norm_`.
+        group: as in :func:`clip_grad_norm_`: the ranks that hold other parts of the same parameters (FSDP1's
+            shards, Megatron's tensor-parallel weights, experts).
+        copies: as in :func:`clip_grad_norm_`.
         backend: as in :func:`clip_grad_norm_`.
 
     Returns:
@@ -127,15 +138,17 @@ def get_grad_stats(
 
     Raises:
         TypeError: an element or gradient is of the wrong kind (not a tensor, sparse, integer, float8).
-        ValueError: the backend does not exist.
-        NotImplementedError: a DTensor still has to be summed over ranks, or norm_type is not above 0 with
-            DTensors; a gradient is another tensor that dispatches by itself.
+        ValueError: the backend does not exist; ranks have different numbers of parameters; otherwise of group
+            and copies as :func:`clip_grad_norm_`.
+        NotImplementedError: norm_type is not above 0 over many ranks; a gradient is a tensor other than a
+            DTensor that dispatches by itself.
 
     Note:
-        Does not synchronise with an accelerator, until :meth:`GradStats.to_dict`. DTensors are joined over
-        their meshes: one all-reduce of 2 T and one of 3 T float64 numbers, which needs the same parameters in
-        the same order on all ranks; the results are those of whole gradients and the same on all ranks.
-        ``numel`` tells of the gradients that this rank has. Otherwise nothing is communicated.
+        Does not synchronise with an accelerator, until :meth:`GradStats.to_dict`. Communicates only with
+        DTensors, over their meshes, or a group: one all-reduce of 2 T and one of 3 T float64 numbers. The
+        results are those of whole gradients and the same on all ranks, which need the same parameters in the
+        same order; that their number is the same is checked at the first call, for which the host waits.
+        ``numel`` tells of the gradients that this rank has.
         Deterministic; sums are accumulated as in :func:`clip_grad_norm_`. Call it before clipping: afterwards
         the gradients are other ones.
 
@@ -159,7 +172,8 @@ def get_grad_stats(
             first = dict(zip(map(id, reversed(listed)), reversed(names)))
             names = [first[id(p)] for p in segments.parameters]
         names_given = None if names is None else tuple(names)
-        given = _read(segments.parameters, grads, norm_type, Selection(backend, None, is_intercepted()))
+        selection = Selection(backend, None, is_intercepted())
+        given = _read(segments.parameters, grads, norm_type, selection, group, copies)
         if not given.tensors and not given.is_sharded:
             none = torch.zeros(4, count, dtype=torch.float64, device="cpu")
             total = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -176,15 +190,22 @@ def get_grad_stats(
         return GradStats(total, rows, numel, names_given)
 
 
-def _read(parameters: list[Any], grads: list[Tensor], norm_type: float, selection: Selection) -> GradientList:
+def _read(
+    parameters: list[Any],
+    grads: list[Tensor],
+    norm_type: float,
+    selection: Selection,
+    group: Any,
+    copies: Any,
+) -> GradientList:
     """Return the gradients, to be read; a rank whose parameters are DTensors takes part without any, too."""
     given: GradientList | None
-    if holds_dtensor(parameters) or holds_dtensor(grads):
+    if group is not None or copies is not None or holds_dtensor(parameters) or holds_dtensor(grads):
         if not norm_type > 0.0:
             raise NotImplementedError(
-                f"get_grad_stats: norm_type={norm_type} is not supported for DTensors: pass one above 0"
+                f"get_grad_stats: norm_type={norm_type} is not supported over ranks: pass one above 0"
             )
-        given = read_gradients(parameters, selection, norm_type=norm_type)
+        given = read_gradients(parameters, selection, norm_type=norm_type, group=group, copies=copies)
     else:
         given = read_tensors(grads, selection, norm_type=norm_type)
     if given is None:

@@ -303,8 +303,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         ValueError,
         (r"\(3,\)", "2 norms", r"shape \(2,\)"),
     ),
-    "group": ({"max_norm": 1.0, "group": ()}, ValueError, ("per_tensor=True", "group=")),
-    "copies": ({"max_norm": 1.0, "copies": lambda p: 1}, ValueError, ("per_tensor=True", "copies=")),
+    "group": ({"max_norm": 1.0, "group": "tp"}, TypeError, ("group", "'tp'")),
+    "copies": ({"max_norm": 1.0, "copies": lambda p: 1}, ValueError, ("copies", "group=")),
     "text": ({"max_norm": "much"}, ValueError, ("max_norm", "number", "much")),
 }
 

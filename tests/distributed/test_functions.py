@@ -137,20 +137,6 @@ def test_limits_and_zeros(ranks: Ranks) -> None:
     ranks.run(decided, SEED)
 
 
-def refused(seed: int) -> str:
-    model = sharded(seed)
-    if dist.get_rank() == 1:
-        model.params[0].grad = None
-    with oracle.unchanged(model.parts()), pytest.raises(NotImplementedError) as caught:
-        gradclip_ext.clip_grad_norm_(model.params, 0.1, per_tensor=True)
-    return str(caught.value)
-
-
-def test_norms_for_each_are_refused_on_all_ranks(ranks: Ranks) -> None:
-    for message in ranks.run(refused, SEED, timeout=SOON):
-        assert re.search("per_tensor=True: not supported for DTensors", message), message
-
-
 def adaptive(seed: int) -> str:
     """Units that lie whole on one rank need no communication; others are refused before anything changes."""
     model = Model(seed)

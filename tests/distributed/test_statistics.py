@@ -1,4 +1,4 @@
-"""get_grad_stats of DTensors: of whole gradients, by two all-reduces, the same bits on all ranks."""
+"""Results for each parameter over ranks: of whole gradients, by two all-reduces, the same bits on all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def joint(seed: int, norm_type: float, special: float | None) -> list[bytes]:
             model.parts()[1][0] = special
     with oracle.unchanged(model.parts()), collectives() as sent:
         stats = gradclip_ext.get_grad_stats([(f"p{i}", p) for i, p in enumerate(model.params)], norm_type)
-    assert [size for _, size, _ in sent] == [2 * 5 * 8, 3 * 5 * 8]
+    # The first call compares the numbers of parameters.
+    assert [size for _, size, _ in sent if size != 2 * 8] == [2 * 5 * 8, 3 * 5 * 8]
     exact = reference.statistics(model.whole, norm_type)
     for found, expected in zip((stats.norms, stats.absmax, stats.zeros, stats.nonfinite), zip(*exact)):
         torch.testing.assert_close(
@@ -101,10 +102,121 @@ def refused(seed: int) -> None:
     for order in (0.0, -1.0, -math.inf):
         with pytest.raises(NotImplementedError, match="norm_type"):
             gradclip_ext.get_grad_stats(model.params, order)
-    model.add((8, 3), mesh(4), Sum)
-    with pytest.raises(NotImplementedError, match=r"gradient 1 \(shape \(8, 3\)\).*summed.*redistribute"):
-        gradclip_ext.get_grad_stats(model.params)
+        with pytest.raises(NotImplementedError, match="norm_type"), oracle.unchanged(model.parts()):
+            gradclip_ext.clip_grad_norm_([*model.params, model.add((2,))], 1.0, order, per_tensor=True)
 
 
 def test_what_is_refused(ranks: Ranks) -> None:
     ranks.run(refused, SEED, timeout=SOON)
+
+
+def sums(seed: int) -> None:
+    """A gradient that still has to be summed over ranks counts as its sum."""
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.add((8, 3), mesh(4), Sum)
+    stats = gradclip_ext.get_grad_stats(model.params)
+    norms = torch.tensor(reference.norms(model.whole), dtype=torch.float64)
+    torch.testing.assert_close(stats.norms, norms, rtol=1e-6, atol=0.0)
+    assert stats.zeros.tolist() == [0, 0]
+
+
+def test_gradients_to_be_summed(ranks: Ranks) -> None:
+    ranks.run(sums, SEED, timeout=SOON)
+
+
+def grouped(seed: int) -> list[bytes]:
+    """Parts of one tensor on each rank, and one that is the same on all, as Megatron's groups have them."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = [torch.randn(8, 3, generator=generator), torch.randn(5, generator=generator)]
+    params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(5))]
+    params[0].grad, params[1].grad = whole[0].chunk(4)[dist.get_rank()].clone(), whole[1].clone()
+
+    def copies(parameter: torch.Tensor) -> int:
+        return 4 if parameter is params[1] else 1
+
+    stats = gradclip_ext.get_grad_stats(params, group=dist.group.WORLD, copies=copies)
+    exact = torch.tensor(reference.norms(whole), dtype=torch.float64)
+    torch.testing.assert_close(stats.norms, exact, rtol=1e-6, atol=0.0)
+    limits = torch.tensor([0.5, 1e9])
+    norms = gradclip_ext.clip_grad_norm_(
+        params, limits, per_tensor=True, group=dist.group.WORLD, copies=copies
+    )
+    torch.testing.assert_close(norms, exact.float(), rtol=1e-6, atol=0.0)
+    assert params[0].grad is not None and params[1].grad is not None
+    oracle.assert_scaled([params[0].grad], [whole[0].chunk(4)[dist.get_rank()]], norms[0], 0.5)
+    oracle.assert_same_bits(params[1].grad, whole[1])
+    return [t.numpy().tobytes() for t in (stats.total_norm, stats.norms, norms)]
+
+
+def test_groups(ranks: Ranks) -> None:
+    answers = ranks.run(grouped, SEED, timeout=SOON)
+    assert all(answer == answers[0] for answer in answers)
+
+
+def each(seed: int, norm_type: float, special: float | None) -> list[bytes]:
+    """Clip every gradient by its own norm, as one does that has the whole gradients."""
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.add((5,), mesh(4), Shard0)
+    model.add((3, 2), mesh(4), Copy)
+    model.add((2, 2))
+    if special is not None:
+        model.whole[1][4] = special
+        if dist.get_rank() == 2:
+            model.parts()[1][0] = special
+    frozen = torch.nn.Parameter(torch.zeros(3))
+    before = [part.clone() for part in model.parts()]
+
+    def half(norms: torch.Tensor) -> torch.Tensor:
+        return norms / 2
+
+    norms = gradclip_ext.clip_grad_norm_([frozen, *model.params], half, norm_type, per_tensor=True)
+    exact = torch.tensor([0.0, *reference.norms(model.whole, norm_type)])
+    torch.testing.assert_close(norms, exact, rtol=1e-6, atol=0.0, equal_nan=True)
+    for part, old, norm in zip(model.parts(), before, norms[1:]):
+        oracle.assert_scaled([part], [old], norm, float(norm) / 2)
+    return [norms.numpy().tobytes()]
+
+
+@pytest.mark.parametrize("special", [None, math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, 7.0, math.inf])
+def test_each_is_clipped_by_its_own_norm(ranks: Ranks, norm_type: float, special: float | None) -> None:
+    answers = ranks.run(each, SEED, norm_type, special, timeout=SOON)
+    assert all(answer == answers[0] for answer in answers)
+
+
+def nonfinite(seed: int) -> str:
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.add((5,), mesh(4), Shard0)
+    if dist.get_rank() == 2:
+        model.parts()[1][0] = math.nan
+    with oracle.unchanged(model.parts()), pytest.raises(RuntimeError) as caught:
+        gradclip_ext.clip_grad_norm_(model.params, 1.0, error_if_nonfinite=True, per_tensor=True)
+    return str(caught.value)
+
+
+def test_a_nonfinite_norm_raises_on_all_ranks(ranks: Ranks) -> None:
+    for rank, message in enumerate(ranks.run(nonfinite, SEED, timeout=SOON)):
+        assert re.search("tensor 1" if rank == 2 else "other ranks", message), message
+
+
+def unequal(seed: int) -> tuple[str, str]:
+    """As on pipeline stages: more parameters on one rank."""
+    count = 3 if dist.get_rank() == 1 else 2
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="parameters") as by_stats:
+        gradclip_ext.get_grad_stats(params, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="parameters") as by_clipping:
+        gradclip_ext.clip_grad_norm_(params, 0.1, per_tensor=True, group=dist.group.WORLD)
+    assert all(torch.equal(param.grad, torch.ones(2)) for param in params if param.grad is not None)
+    return str(by_stats.value), str(by_clipping.value)
+
+
+def test_different_numbers_of_parameters_are_refused_on_all_ranks(ranks: Ranks) -> None:
+    for rank, messages in enumerate(ranks.run(unequal, SEED, timeout=SOON)):
+        for message in messages:
+            assert f"between 2 and 3 parameters, this one {3 if rank == 1 else 2}" in message
