@@ -98,8 +98,8 @@ class JointNorm:
         return self._of_each(1, lambda whole: whole.clip_each_(self._call.norm_type, REPORT)[None])[0]
 
     def _of_each(self, count: int, read: Callable[[GradientList], Tensor]) -> Tensor:
-        """Return what ``read`` says of every gradient, joined over the ranks: ``count`` rows of norms, largest
-        magnitudes and numbers that add up, with a column for each parameter.
+        """Return what ``read`` says of every gradient, joined over the ranks: ``count`` rows of norms,
+        largest magnitudes and numbers that add up, with a column for each parameter.
 
         All ranks need the same T parameters in the same order. The order of the norms is above 0.
         """

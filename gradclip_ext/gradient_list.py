@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -51,10 +51,10 @@ class GradientList:
         self._written = parts if written is None else written
         self._is_intercepted = is_intercepted
 
-    def dtypes(self) -> frozenset[torch.dtype]:
+    def dtypes(self) -> Set[torch.dtype]:
         if len(self._parts) == 1:
             return self._parts[0][1].dtypes
-        return frozenset().union(*(tensors.dtypes for _, tensors in self._parts))
+        return {dtype for _, tensors in self._parts for dtype in tensors.dtypes}
 
     def has_elements(self) -> bool:
         """Tell whether some tensor is not empty."""

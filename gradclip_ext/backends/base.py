@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -18,8 +18,7 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CODES = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
 # What the compiled module tells as bits: bit d for KERNEL_DTYPES[d].
 _DTYPES_OF_BITS = tuple(
-    frozenset(dtype for dtype, code in _CODES.items() if bits >> code & 1)
-    for bits in range(1 << len(KERNEL_DTYPES))
+    {dtype for dtype, code in _CODES.items() if bits >> code & 1} for bits in range(1 << len(KERNEL_DTYPES))
 )
 
 
@@ -42,7 +41,8 @@ class TensorList:
         self.prepared: Any = None
         if native is None:
             self.device = tensors[0].device
-            self.dtypes = frozenset(t.dtype for t in tensors)
+            # No frozenset: where torch.compile of 2.6 breaks a graph, it cannot keep one.
+            self.dtypes: Set[torch.dtype] = {t.dtype for t in tensors}
         else:
             self.device = torch.device("cuda", native.device_index) if native.is_cuda else _CPU
             self.dtypes = _DTYPES_OF_BITS[native.dtypes]
