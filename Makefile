@@ -40,13 +40,17 @@ CUDA_COPY := build/cuda/copy
 # Tests of the sources, which are not what is tested there.
 NOT_OF_A_WHEEL := --ignore=tests/benchmarks --ignore=tests/package
 
+# Two processes, a file of tests to one of them: most tests keep one core busy, and files share fixtures. Not
+# in the active environment, which may lack pytest-xdist.
+PARALLEL := -n 2 --dist loadfile
+
 # The releases of torch under which the one wheel is tested; "newest" is asked of the registry.
 TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
 
 .PHONY: test test-sanitize test-gpu sanitize-gpu test-installs check-cuda check-wheel wheel bench lint format clean
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(if $(CURRENT_ENV),,$(PARALLEL))
 
 test-sanitize: $(READY)
 	rm -rf build/sanitize
@@ -80,18 +84,18 @@ check-cuda: .venv-cuda/.ready
 	rm -r $(CUDA_COPY)/gradclip_ext $(CUDA_COPY)/build
 	$(CUDA_RUN) -m pip install --quiet --force-reinstall --no-deps build/cuda/static/*.whl
 	cd $(CUDA_COPY) && $(CUDA_RUN) -m gradclip_ext.info
-	cd $(CUDA_COPY) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest -m "not gpu and not installs" \
+	cd $(CUDA_COPY) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest $(PARALLEL) -m "not gpu and not installs" \
 	  --ignore=tests/kernels/test_triton_interpreted.py tests/kernels tests/backends
 	$(CUDA_RUN) -m pip install --quiet --force-reinstall --no-deps build/cuda/shared/*.whl
-	cd $(CUDA_COPY) && $(CUDA_RUN) tests/cuda_emulator/run.py -m "gpu and not triton" $(NOT_OF_A_WHEEL)
+	cd $(CUDA_COPY) && $(CUDA_RUN) tests/cuda_emulator/run.py $(PARALLEL) -m "gpu and not triton" $(NOT_OF_A_WHEEL)
 	cd $(CUDA_COPY) && PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(CUDA_RUN) tests/cuda_emulator/run.py -m gpu \
 	  tests/kernels/test_sanitized.py
-	cd $(CUDA_COPY) && TRITON_INTERPRET=1 $(CUDA_RUN) tests/cuda_emulator/run.py -p triton_interpreted \
-	  -p triton_emulated -m "gpu and triton" $(NOT_OF_A_WHEEL)
+	cd $(CUDA_COPY) && TRITON_INTERPRET=1 $(CUDA_RUN) tests/cuda_emulator/run.py $(PARALLEL) \
+	  -p triton_interpreted -p triton_emulated -m "gpu and triton" $(NOT_OF_A_WHEEL)
 
 .venv-cuda/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
-	$(CUDA_RUN) -m pip install --quiet "$(CUDA_TORCH)" "numpy<2.4" "setuptools>=77" wheel ninja "pybind11>=3.0" pytest hypothesis
+	$(CUDA_RUN) -m pip install --quiet "$(CUDA_TORCH)" "numpy<2.4" "setuptools>=77" wheel ninja "pybind11>=3.0" pytest pytest-xdist hypothesis
 	touch $@
 
 # On a machine with an NVIDIA GPU, in under ten minutes; without one, the tests skip and say so.

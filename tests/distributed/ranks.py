@@ -19,6 +19,9 @@ import torch.distributed as dist
 WORLD_SIZE = 4
 # Longer than any case takes on a busy machine, shorter than waiting for a rank that never comes.
 TIMEOUT = 60.0
+# Starting four processes that import torch and a file of tests takes half a minute on a busy machine.
+START = 180.0
+_READY = "ready"
 
 
 class Ranks:
@@ -37,6 +40,8 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
+        for pipe in self._pipes:
+            assert pipe.poll(START) and pipe.recv() == _READY
         end = time.monotonic() + timeout
         answers: list[Any] = [None] * WORLD_SIZE
         while any(a is None for a in answers) and time.monotonic() < end:
@@ -81,6 +86,7 @@ def _serve(rank: int, init_file: str, pipe: Connection) -> None:
     )
     while True:
         function, args = pipe.recv()
+        pipe.send(_READY)
         try:
             pipe.send((True, function(*args)))
         except BaseException:
