@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext.backends import Selection
-from gradclip_ext.gradients import read_gradients
+from gradclip_ext.gradients import holds_dtensor, read_gradients
 from gradclip_ext.norms import Rule, raise_if_nonfinite
 from gradclip_ext.segments import Segments
 
@@ -28,6 +28,10 @@ def clip_each_(
     """
     segments = Segments(parameters)
     segments.check_one_each("max_norm", rule.max_norm)
+    if not norm_type > 0.0 and (group is not None or holds_dtensor(segments.parameters)):
+        raise NotImplementedError(
+            f"per_tensor=True with norm_type={norm_type}: not supported over ranks, pass one above 0"
+        )
     gradients = read_gradients(
         segments.parameters, selection, norm_type=norm_type, group=group, copies=copies
     )
@@ -35,10 +39,6 @@ def clip_each_(
         raise NotImplementedError(
             "per_tensor=True: not supported for tensors that dispatch by themselves (FakeTensor, or DTensors "
             "under torch.compile or of an unusual placement): clip by the joint norm instead"
-        )
-    if gradients.is_sharded and not norm_type > 0.0:
-        raise NotImplementedError(
-            f"per_tensor=True with norm_type={norm_type}: not supported over ranks, pass one above 0"
         )
     if not gradients.tensors and not gradients.is_sharded:
         return torch.zeros(len(segments.parameters), dtype=torch.float32, device="cpu")
