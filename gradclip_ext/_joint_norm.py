@@ -147,7 +147,8 @@ class JointNorm:
         """Raise on all ranks alike if they have different numbers of parameters, whose vectors would be added
         up wrongly or never.
 
-        Takes one more all-reduce, for which the host waits, so it is done once for a number and a layout.
+        Takes one more all-reduce, for which the host waits, so it is done once for a number and a layout: it
+        finds a group that does not fit, not a list that changes later on some ranks.
         """
         count = len(self._call.parameters)
         if count in self._layout.checked_lengths:
