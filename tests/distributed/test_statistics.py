@@ -203,7 +203,7 @@ def test_a_nonfinite_norm_raises_on_all_ranks(ranks: Ranks) -> None:
 
 
 def unequal(seed: int) -> tuple[str, str]:
-    """As on pipeline stages: more parameters on one rank. The numbers are compared at a group's first call."""
+    """As on pipeline stages: more parameters on one rank. A group's first call compares the numbers."""
     first, second = (dist.new_group(range(4)) for _ in range(2))
     count = 3 if dist.get_rank() == 1 else 2
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(count)]
