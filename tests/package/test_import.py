@@ -12,7 +12,9 @@ import gradclip_ext
 
 SCRIPT = """
 import json, sys, time, warnings
+start = time.process_time()
 import torch, torch.nn.utils.clip_grad
+torchs = time.process_time() - start
 places = [torch.nn.utils, torch.nn.utils.clip_grad]
 names = [(m, n) for m in places for n in dir(m) if callable(getattr(m, n))]
 before = {(m.__name__, n): getattr(m, n) for m, n in names}
@@ -20,11 +22,11 @@ modules, state = set(sys.modules), torch.get_rng_state()
 threads, default = torch.get_num_threads(), torch.get_default_dtype()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    start = time.perf_counter()
+    start = time.process_time()
     import gradclip_ext
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
 print(json.dumps({
-    "seconds": seconds,
+    "share": seconds / torchs,
     "patched": [n for m, n in names if getattr(m, n) is not before[m.__name__, n]],
     "cuda": torch.cuda.is_initialized(),
     "modules": sorted(m for m in set(sys.modules) - modules if not m.startswith("gradclip_ext")),
@@ -36,7 +38,10 @@ print(json.dumps({
 
 
 def test_import() -> None:
-    """One script, three processes: the shortest time counts, everything else must hold each time."""
+    """One script, three processes: the shortest time counts, everything else must hold each time.
+
+    Measured by the processor time that torch takes (2 s): time on the clock depends on what else runs.
+    """
     runs = [json.loads(run_python("-c", SCRIPT, timeout=120)) for _ in range(3)]
     for run in runs:
         assert run["patched"] == [], "importing must patch nothing"
@@ -47,7 +52,7 @@ def test_import() -> None:
         assert not [m for m in run["modules"] if m.startswith(("torch.distributed", "triton", "numpy"))], run[
             "modules"
         ]
-    assert min(run["seconds"] for run in runs) < 0.050, [run["seconds"] for run in runs]
+    assert min(run["share"] for run in runs) < 0.03, [run["share"] for run in runs]
 
 
 def test_public_names() -> None:
