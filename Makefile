@@ -66,7 +66,7 @@ test-installs: $(READY)
 
 # One wheel, built as a user's pip builds it, under each release of torch in an environment of its own.
 check-wheel: $(READY)
-	$(RUN) tests/package/check_wheel.py $(TORCHES)
+	PYTEST_ADDOPTS="$(PARALLEL)" $(RUN) tests/package/check_wheel.py $(TORCHES)
 
 # Wheels for upload: every Python that is found here, x86_64 and aarch64.
 wheel: $(READY)
