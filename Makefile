@@ -40,9 +40,10 @@ CUDA_COPY := build/cuda/copy
 # Tests of the sources, which are not what is tested there.
 NOT_OF_A_WHEEL := --ignore=tests/benchmarks --ignore=tests/package
 
-# Two processes, a file of tests to one of them: most tests keep one core busy, and files share fixtures. Not
-# in the active environment, which may lack pytest-xdist.
-PARALLEL := -n 2 --dist loadfile
+# Two processes, a file of tests to one of them: most tests keep one core busy, and the tests of a file share
+# fixtures. In the order of collection, or a file that has one long test would be the last to begin. Not in the
+# active environment, which may lack pytest-xdist.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The releases of torch under which the one wheel is tested; "newest" is asked of the registry.
 TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
@@ -65,7 +66,7 @@ test-installs: $(READY)
 
 # One wheel, built as a user's pip builds it, under each release of torch in an environment of its own.
 check-wheel: $(READY)
-	$(RUN) tests/package/check_wheel.py $(TORCHES)
+	PYTEST_ADDOPTS="$(PARALLEL)" $(RUN) tests/package/check_wheel.py $(TORCHES)
 
 # Wheels for upload: every Python that is found here, x86_64 and aarch64.
 wheel: $(READY)
@@ -95,7 +96,7 @@ check-cuda: .venv-cuda/.ready
 
 .venv-cuda/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
-	$(CUDA_RUN) -m pip install --quiet "$(CUDA_TORCH)" "numpy<2.4" "setuptools>=77" wheel ninja "pybind11>=3.0" pytest pytest-xdist hypothesis
+	$(CUDA_RUN) -m pip install --quiet "$(CUDA_TORCH)" "numpy<2.4" "setuptools>=77" wheel ninja "pybind11>=3.0" pytest "pytest-xdist>=3.7" hypothesis
 	touch $@
 
 # On a machine with an NVIDIA GPU, in under ten minutes; without one, the tests skip and say so.

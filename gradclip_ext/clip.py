@@ -107,8 +107,8 @@ def clip_grad_norm_(
             names the first tensor that is to blame, and on the other ranks says that theirs
             are finite); a gradient is expanded; foreach=True on a device without foreach
             support; group under torch.compile. No exception changes any gradient of the rank
-            that raises; where only one rank raises, the others get a NaN norm instead of
-            waiting for it.
+            that raises; where only one rank raises, all other ranks get a NaN norm, so that
+            they do not wait for it.
         NotImplementedError: norm_type is 0 or a placement is not supported, among DTensors of
             several meshes, plain tensors or a group. With one mesh alone, torch's function
             handles these, but with a number as max_norm and without zero_if_nonfinite only.

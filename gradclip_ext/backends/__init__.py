@@ -15,8 +15,8 @@ from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
 from gradclip_ext.backends.triton import TritonBackend
 
-# In order of preference: unless one is named, the first that is available handles a device. "cpu" is first
-# because that saves its small lists two microseconds of asking the others.
+# In order of preference: unless one is named, the first that is available handles a device. "cpu" is first:
+# a call on a small list then takes two microseconds less, because "cuda" and "triton" are not asked.
 ALL: dict[str, Backend] = {
     "cpu": CpuBackend(),
     "cuda": CudaBackend(),

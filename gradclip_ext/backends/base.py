@@ -18,7 +18,8 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CODES = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
 # What the compiled module tells as bits: bit d for KERNEL_DTYPES[d].
 _DTYPES_OF_BITS = tuple(
-    {dtype for dtype, code in _CODES.items() if bits >> code & 1} for bits in range(1 << len(KERNEL_DTYPES))
+    frozenset(dtype for dtype, code in _CODES.items() if bits >> code & 1)
+    for bits in range(1 << len(KERNEL_DTYPES))
 )
 
 

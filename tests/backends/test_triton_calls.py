@@ -334,7 +334,7 @@ def test_two_threads_never_fill_a_workspace_at_the_same_time(log: list, install:
     assert max_running == 1 and len(launches(log)) == 40
 
 
-def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_captured_graph_reads_is_never_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.empty
 
     def pageable(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
@@ -343,11 +343,11 @@ def test_what_a_captured_graph_reads_is_never_taken_again(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "empty", pageable)
     monkeypatch.setattr(memory, "_BLOCK_NUMEL", 100)
     pinned = memory._PinnedMemory()
-    taken = [pinned.take(numel).fill_(numel) for numel in (30, 60, 20, 500, 90)]
-    assert all((t == n).all() and t.numel() == n for t, n in zip(taken, (30, 60, 20, 500, 90)))
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
+    used = [pinned.take(numel).fill_(numel) for numel in (30, 60, 20, 500, 90)]
+    assert all((t == n).all() and t.numel() == n for t, n in zip(used, (30, 60, 20, 500, 90)))
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in used)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-    assert all(any(t is kept for kept in pinned._taken) for t in taken)
+    assert all(any(t is kept for kept in pinned._used) for t in used)
 
 
 # ---------------------------------------------------------------- the choice

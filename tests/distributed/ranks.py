@@ -21,7 +21,6 @@ WORLD_SIZE = 4
 TIMEOUT = 60.0
 # Starting four processes that import torch and a file of tests takes half a minute on a busy machine.
 START = 180.0
-_READY = "ready"
 
 
 class Ranks:
@@ -40,8 +39,11 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
-        for pipe in self._pipes:
-            assert pipe.poll(START) and pipe.recv() == _READY
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(START):
+                self.stop()
+                raise AssertionError(f"rank {rank} did not start within {START:.0f} s")
+            pipe.recv()
         end = time.monotonic() + timeout
         answers: list[Any] = [None] * WORLD_SIZE
         while any(a is None for a in answers) and time.monotonic() < end:
@@ -86,7 +88,7 @@ def _serve(rank: int, init_file: str, pipe: Connection) -> None:
     )
     while True:
         function, args = pipe.recv()
-        pipe.send(_READY)
+        pipe.send("ready")
         try:
             pipe.send((True, function(*args)))
         except BaseException:

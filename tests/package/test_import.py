@@ -40,7 +40,7 @@ print(json.dumps({
 def test_import() -> None:
     """One script, three processes: the shortest time counts, everything else must hold each time.
 
-    Measured by the processor time that torch takes (2 s): time on the clock depends on what else runs.
+    Measured by the processor time that torch takes, 50 ms of 2 s: time on the clock depends on other work.
     """
     runs = [json.loads(run_python("-c", SCRIPT, timeout=120)) for _ in range(3)]
     for run in runs:
@@ -52,7 +52,7 @@ def test_import() -> None:
         assert not [m for m in run["modules"] if m.startswith(("torch.distributed", "triton", "numpy"))], run[
             "modules"
         ]
-    assert min(run["share"] for run in runs) < 0.03, [run["share"] for run in runs]
+    assert min(run["share"] for run in runs) < 0.025, [run["share"] for run in runs]
 
 
 def test_public_names() -> None:

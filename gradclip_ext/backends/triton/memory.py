@@ -73,7 +73,7 @@ class _PinnedMemory:
     """
 
     def __init__(self) -> None:
-        self._taken: list[Tensor] = []
+        self._used: list[Tensor] = []
         self._free = torch.empty(0, dtype=torch.int64, device="cpu")
         self._lock = threading.Lock()
 
@@ -88,9 +88,9 @@ class _PinnedMemory:
         """Return memory for ``numel`` integers, which is never freed."""
         with self._lock:
             self._reserve(numel)
-            taken, self._free = self._free[:numel], self._free[numel:]
-            self._taken.append(taken)
-            return taken
+            memory, self._free = self._free[:numel], self._free[numel:]
+            self._used.append(memory)
+            return memory
 
     def _reserve(self, numel: int) -> None:
         if self._free.numel() < numel:
