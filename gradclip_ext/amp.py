@@ -98,13 +98,11 @@ def unscale_and_clip_grad_norm_(
 
 def _unscales_as_torch_does(scaler: Any) -> bool:
     """Tell whether the method that is replaced is torch's, and takes what it did in the releases known."""
-    torchs: Any = getattr(GradScaler, _METHOD, None)
-    return (
-        torchs is not None
-        and getattr(type(scaler), _METHOD, None) is torchs
-        and _METHOD not in vars(scaler)
-        and list(inspect.signature(torchs).parameters) == _ITS_PARAMETERS
-    )
+    if not hasattr(GradScaler, _METHOD) or _METHOD in vars(scaler):
+        return False
+    if getattr(type(scaler), _METHOD, None) is not GradScaler._unscale_grads_:
+        return False
+    return list(inspect.signature(GradScaler._unscale_grads_).parameters) == _ITS_PARAMETERS
 
 
 class _Unscaling:
