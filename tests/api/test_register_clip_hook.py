@@ -288,9 +288,7 @@ def test_wrappers_without_hooks() -> None:
         def __init__(self, optimizer: Optimizer) -> None:
             self.optimizer = optimizer
 
-    refused(
-        Wrapper(SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)), TypeError, r"wrapper\.optimizer", 1.0
-    )
+    refused(Wrapper(SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)), TypeError, r"wrapper\.optimizer", 1.0)
 
 
 def test_optimizers_that_unscale_by_themselves() -> None:
