@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip_ext import amp, clip_grad_norm_, unscale_and_clip_grad_norm_
+from gradclip_ext.backends import foreach
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -208,6 +209,7 @@ def test_scalers_that_unscale_by_themselves(monkeypatch: pytest.MonkeyPatch, kin
     assert asked or scaler.was_asked
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler")
 def test_torchs_scaler_is_known() -> None:
     """Otherwise every call unscales first, and nothing but time would tell."""
     assert amp._unscales_as_torch_does(scaler_of(2.0))
@@ -218,6 +220,20 @@ class NoReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert "_local_scalar_dense" not in func._schema.name, func
         return func(*args, **(kwargs or {}))
+
+
+def test_nobody_reads_a_value(backend: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where the host would wait."""
+    if backend.way != "blind":
+        pytest.skip("on the CPU the host may look at values; the blind way must not")
+    for module in (amp, foreach):  # otherwise the mode below would itself change what runs
+        monkeypatch.setattr(module, "is_intercepted", lambda: False)
+    for max_norm in (0.3, INF, lambda norm: norm / 3):
+        ours, _ = twins(backend, 1024.0, torch.float32)
+        scaler = scaler_of(1024.0)
+        with NoReads():
+            unscale_and_clip_grad_norm_(scaler, ours, max_norm, backend="foreach")
+        assert found(scaler, ours) == [0.0]
 
 
 # ---------------------------------------------------------------- errors

@@ -99,7 +99,7 @@ def test_unscale_and_clip_dtensors(ranks: Ranks) -> None:
 
 
 def hooked(seed: int) -> None:
-    """Groups with norms of their own communicate one after the other; a bad one on one rank stops no other."""
+    """Groups with norms of their own communicate one after the other."""
     model, twin = sharded_model(seed), sharded_model(seed)
     groups = [{"params": [model.params[0]]}, {"params": [model.params[1]], "max_norm": 0.25}]
     optimizer = SGD(groups, lr=0.0)
