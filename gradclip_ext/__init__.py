@@ -7,6 +7,7 @@ CUDA context.
 
 from gradclip_ext._version import __version__
 from gradclip_ext.adaptive import adaptive_clip_grad_
+from gradclip_ext.amp import unscale_and_clip_grad_norm_
 from gradclip_ext.clip import (
     clamp_grad_,
     clip_grad_norm_,
@@ -15,7 +16,9 @@ from gradclip_ext.clip import (
     get_total_norm,
 )
 from gradclip_ext.hooks import register_clamp_hook
+from gradclip_ext.optimizer_hook import register_clip_hook
 from gradclip_ext.patch import patch_torch, unpatch_torch
+from gradclip_ext.skipping import skip_step_
 from gradclip_ext.statistics import GradStats, get_grad_stats
 
 __all__ = [
@@ -30,5 +33,8 @@ __all__ = [
     "get_total_norm",
     "patch_torch",
     "register_clamp_hook",
+    "register_clip_hook",
+    "skip_step_",
     "unpatch_torch",
+    "unscale_and_clip_grad_norm_",
 ]

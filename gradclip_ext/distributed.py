@@ -262,6 +262,14 @@ class ShardedGradients(GradientList):
         total = self._joint.take().to(dtype or self._joint.dtype())
         return total, rule.clip_coef(total)
 
+    def norm_dtype(self) -> torch.dtype:
+        assert self._joint is not None
+        return self._joint.dtype()
+
+    def wide_norm(self, norm_type: float) -> Tensor:
+        assert self._joint is not None
+        return self._joint.take()
+
     def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
         """Return the norm over all ranks, and rows with a column for each parameter, the same on each."""
         assert self._joint is not None

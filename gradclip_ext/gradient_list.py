@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip_ext.backends import FOREACH
+from gradclip_ext.backends import FOREACH, foreach
 from gradclip_ext.backends.base import Backend, TensorList, are_contiguous, has_flat_units, is_regular
 from gradclip_ext.norms import (
     REPORT,
@@ -87,6 +87,14 @@ class GradientList:
             total = combine_norms(norms, norm_type).to(dtype)
         return total, rule.clip_coef(total)
 
+    def norm_dtype(self) -> torch.dtype:
+        """Return the dtype of a norm that users get."""
+        return result_dtype(self.dtypes())
+
+    def wide_norm(self, norm_type: float) -> Tensor:
+        """Return the norm in float64, which scaled gradients need: float32 may not hold theirs."""
+        return self.norm(norm_type, REPORT, widest_dtype(self.tensors[0].device))[0]
+
     def clip_each_(self, norm_type: float, rule: Rule) -> Tensor:
         """Scale every gradient by the coefficient for its own norm, and return those norms, before scaling.
 
@@ -157,6 +165,22 @@ class GradientList:
             if len(self._written) > 1 or len(tensors.tensors) < len(self.tensors):
                 coefs = select(clip_coefs, positions_of(tensors.tensors, self.tensors))
             backend.scale_(tensors, on_device(coefs, tensors.device), may_zero)
+
+    def multiply_(self, factor: Tensor) -> None:
+        """Multiply every gradient by a 0-d tensor, 0 or more or NaN, that may also be larger than 1.
+
+        What only the device knows goes to foreach: other backends write nothing for a factor from 1 on.
+        """
+        self._bump_versions()
+        for backend, tensors in self._written:
+            moved = on_device(factor, tensors.device)
+            if not foreach._host_sees(moved):
+                FOREACH.scale_(tensors, moved)
+            elif not moved.item() > 1.0:
+                backend.scale_(tensors, moved)
+            else:
+                for tensor in tensors.tensors:
+                    tensor.mul_(moved)
 
     def as_result(self, total_norm: Tensor) -> Tensor:
         """Return a norm as the caller gets it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -13,12 +14,23 @@ from torch.utils.hooks import RemovableHandle
 from gradclip_ext import arguments
 from gradclip_ext.checks import check_representable
 
+_SPARSE_LAYOUTS = frozenset(
+    (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+)
+
 
 class ClampHandle:
-    """The hooks of one :func:`register_clamp_hook` call; also a context manager that removes them."""
+    """The hooks of one :func:`register_clamp_hook` call; also a context manager that removes them.
+
+    A copy, by pickle or ``copy.deepcopy``, has no hooks: those of torch stay with the original tensors.
+    """
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
         self._handles = handles
+
+    def __reduce__(self) -> tuple[type[ClampHandle], tuple[list[RemovableHandle]]]:
+        # torch's handles would copy all hooks of their tensors, and fail where another one is a lambda.
+        return type(self), ([],)
 
     def __len__(self) -> int:
         """Return how many tensors are being clamped."""
@@ -70,11 +82,13 @@ def register_clamp_hook(
         ValueError: both bounds are None, one is NaN, or min exceeds max.
         RuntimeError: a finite bound is beyond the range of a parameter's dtype, a parameter
             is complex, or FSDP has taken the parameters over, whose hooks then never run.
-            No exception leaves a hook behind.
+            No exception leaves a hook behind. Inside backward: a gradient is sparse, and 0 is not between
+            the bounds or it has another layout than COO.
 
     Note:
         Never synchronises; one read and one write of each gradient on the stream of its
         backward. Differentiable, so it also works with ``create_graph=True``. NaN stays NaN.
+        Of a sparse gradient (COO) the sum of what falls on one element is clamped, and it stays sparse.
         Hooks are on these tensors, as all of torch's are: not on those of a ``copy.deepcopy``,
         nor on those that ``load_state_dict(assign=True)`` or FSDP put in their place
         afterwards, and a parameter that is frozen now and not later has none.
@@ -101,10 +115,8 @@ def register_clamp_hook(
     tensors = [t for t in arguments.all_tensors(name, listed) if t.requires_grad]
     _check_hooks_run(tensors)
     check_representable({_grad_dtype(t) for t in tensors}, low, high)
-
-    def clamp(grad: Tensor) -> Tensor:
-        return torch.clamp(grad, low, high)
-
+    # No local function: it could not be pickled, and whoever pickles a handle of torch's pickles all hooks.
+    clamp = functools.partial(_clamp, low=low, high=high)
     hooks: list[RemovableHandle] = []
     handle = ClampHandle(hooks)
     try:
@@ -114,6 +126,22 @@ def register_clamp_hook(
         handle.remove()
         raise
     return handle
+
+
+def _clamp(grad: Tensor, low: float, high: float) -> Tensor:
+    if grad.layout not in _SPARSE_LAYOUTS:
+        return torch.clamp(grad, low, high)
+    if grad.layout is not torch.sparse_coo or not low <= 0.0 <= high:
+        raise RuntimeError(
+            f"a gradient of shape {tuple(grad.shape)} has layout {grad.layout}, which cannot be clamped to "
+            f"[{low}, {high}]: build the embedding with sparse=False, or call to_dense() in a hook of your "
+            "own before this one (a COO gradient can stay sparse between bounds that include 0)"
+        )
+    whole = grad.coalesce()
+    values = torch.clamp(whole.values(), low, high)
+    return torch.sparse_coo_tensor(
+        whole.indices(), values, whole.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _grad_dtype(tensor: Tensor) -> torch.dtype:

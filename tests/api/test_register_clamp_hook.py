@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import math
+import pickle
 import weakref
 
 import oracle
@@ -142,6 +145,49 @@ def test_activations() -> None:
     oracle.assert_same_bits(x.grad, grad.clamp(LOW, HIGH) * 2)
 
 
+# ---------------------------------------------------------------- sparse gradients
+
+
+@pytest.mark.parametrize("bounds", [(-0.5, 0.75), (None, 0.5), (-0.5, None), (0.0, 0.5)], ids=str)
+def test_sparse_gradients_stay_sparse(bounds: tuple) -> None:
+    """An embedding clamps what a dense one does: the sum over the rows that were looked up twice."""
+    sparse, dense = torch.nn.Embedding(6, 3, sparse=True), torch.nn.Embedding(6, 3)
+    dense.load_state_dict(sparse.state_dict())
+    indices, upstream = torch.tensor([1, 4, 1, 0]), random(4, 3)
+    for embedding in (sparse, dense):
+        register_clamp_hook(embedding, *bounds)
+        for _ in range(2):  # the second one is added to the first
+            (embedding(indices) * upstream).sum().backward()
+    assert sparse.weight.grad.is_sparse
+    oracle.assert_same_bits(sparse.weight.grad.to_dense() + 0.0, dense.weight.grad + 0.0)
+
+
+def test_sparse_gradients_without_entries() -> None:
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    register_clamp_hook(embedding, -0.5, 0.5)
+    embedding(torch.empty(0, dtype=torch.long)).sum().backward()
+    assert embedding.weight.grad.is_sparse and embedding.weight.grad.shape == (4, 2)
+
+
+@pytest.mark.parametrize("bounds", [(0.25, 0.75), (None, -0.1)], ids=str)
+def test_sparse_gradients_between_bounds_without_zero(bounds: tuple) -> None:
+    """Every element that is not stored would become a bound."""
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    register_clamp_hook(embedding, *bounds)
+    with pytest.raises(RuntimeError, match=r"sparse=False.*to_dense\(\)"):
+        embedding(torch.tensor([1])).sum().backward()
+    assert embedding.weight.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_other_layouts_are_refused_with_what_to_do() -> None:
+    param = weight(3, 3)
+    register_clamp_hook(param, -1.0, 1.0)
+    hook = next(iter(param._backward_hooks.values()))
+    with pytest.raises(RuntimeError, match=r"layout torch.sparse_csr.*to_dense\(\)"):
+        hook(random(3, 3).to_sparse_csr())
+
+
 # ---------------------------------------------------------------- which tensors
 
 
@@ -228,6 +274,43 @@ def test_discarded_handle_keeps_the_hook_and_the_hook_no_parameter() -> None:
     gc.collect()
     assert alive() is None
     handle.remove()
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(_saved(model), weights_only=False),
+}
+
+
+def _saved(model: torch.nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_model_that_keeps_its_handle_can_be_copied(way: str) -> None:
+    """Also beside another hook that cannot be pickled. Hooks stay with the tensors that they are on."""
+    model = torch.nn.Linear(3, 2)
+    model.kept = register_clamp_hook(model, LOW, HIGH)
+    model.weight.register_hook(lambda grad: grad)
+    twin = COPIES[way](model)
+    assert len(twin.kept) == 0 and len(model.kept) == 2
+    twin.kept.remove()
+    upstream = torch.full((1, 3), 50.0)
+    model(upstream).sum().backward()
+    twin(upstream).sum().backward()
+    assert (model.weight.grad == torch.tensor(HIGH)).all() and (twin.weight.grad == 50.0).all()
+
+
+def test_a_handle_of_torch_beside_a_clamp_hook_can_be_pickled() -> None:
+    """Such a handle pickles every hook of its tensor."""
+    param = weight(3)
+    other = param.register_hook(torch.abs)
+    register_clamp_hook(param, LOW, HIGH)
+    pickle.dumps(other)
 
 
 def test_an_exception_leaves_no_hook_behind() -> None:

@@ -68,7 +68,10 @@ def test_public_names() -> None:
         "get_total_norm",
         "patch_torch",
         "register_clamp_hook",
+        "register_clip_hook",
+        "skip_step_",
         "unpatch_torch",
+        "unscale_and_clip_grad_norm_",
     }
     assert all(hasattr(gradclip_ext, name) for name in gradclip_ext.__all__)
     assert gradclip_ext.__version__[0].isdigit()

@@ -1,0 +1,116 @@
+"""Skipping, unscaling and clipping inside of step on several ranks: all of them decide alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import torch
+import torch.distributed as dist
+from cases import SEED, needs_gloo
+from ranks import Ranks
+from sharding import Model, Shard0, local, mesh, plain, stripe
+from torch.optim import SGD, AdamW
+
+import gradclip_ext
+
+pytestmark = needs_gloo
+
+
+def optimizers(params: list[Any]) -> list[tuple[str, Any]]:
+    return [
+        ("AdamW", AdamW(params, lr=0.1, fused=True)),
+        ("SGD", SGD(params, lr=0.1, momentum=0.9, fused=True)),
+    ]
+
+
+def joint_norm_of_two_ranks(seed: int) -> None:
+    """Pairs of ranks: a spike on one rank of the first pair skips the step of both, and of no others."""
+    pair = stripe([0, 1], [2, 3])
+    for name, optimizer in optimizers(list(torch.nn.Linear(3, 2).requires_grad_().parameters())):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for step in range(3):
+            before = [p.detach().clone() for p in params]
+            for param in params:
+                param.grad = torch.full_like(param, 1.0 + dist.get_rank())
+            if step == 1 and dist.get_rank() == 1:
+                params[0].grad[0, 0] = 1e4
+            norm = gradclip_ext.clip_grad_norm_(params, 1.0, group=pair)
+            gradclip_ext.skip_step_(optimizer, norm > 100.0)
+            optimizer.step()
+            stays = step == 1 and dist.get_rank() < 2
+            for param, old in zip(params, before):
+                assert torch.equal(param, old) is stays, f"{name}, step {step}"
+
+
+def test_skip_by_the_joint_norm_of_two_ranks(ranks: Ranks) -> None:
+    ranks.run(joint_norm_of_two_ranks, SEED)
+
+
+def sharded_model(seed: int) -> Model:
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.add((5,), mesh(4), Shard0)
+    return model
+
+
+def sharded(seed: int) -> None:
+    """DTensors: torch has a sharded step for AdamW only. The norm, and what is compared, are DTensors."""
+    model = sharded_model(seed)
+    for param in model.params:
+        local(param.data).fill_(1.0)
+    optimizer = AdamW(model.params, lr=0.1, fused=True)
+    for limit in (0.0, math.inf, 0.0):
+        before = [local(p.detach()).clone() for p in model.params]
+        norm = gradclip_ext.clip_grad_norm_(model.params, 1.0)
+        gradclip_ext.skip_step_(optimizer, norm > limit)
+        optimizer.step()
+        for param, old in zip(model.params, before):
+            assert not old.numel() or torch.equal(local(param.detach()), old) is (limit == 0.0), limit
+
+
+def test_skip_with_dtensors(ranks: Ranks) -> None:
+    ranks.run(sharded, SEED)
+
+
+def unscaled(seed: int) -> None:
+    """An infinity on one rank is found on all of them; otherwise the bits are those of clipping."""
+    for value in (1.0, math.inf):
+        model, twin = sharded_model(seed), sharded_model(seed)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.ones(()))
+        for part in model.parts():
+            part.mul_(1024.0)
+        if dist.get_rank() == 2:
+            model.parts()[0].view(-1)[0] *= value
+        optimizer = SGD(model.params, lr=0.1)
+        norm = plain(gradclip_ext.unscale_and_clip_grad_norm_(scaler, optimizer, 0.5))
+        found = [f.item() for f in scaler._found_inf_per_device(optimizer).values()]
+        assert found == [float(math.isinf(value))]
+        if value == 1.0:
+            oracle.assert_same_bits(norm, plain(gradclip_ext.clip_grad_norm_(twin.params, 0.5)))
+            for part, other in zip(model.parts(), twin.parts()):
+                oracle.assert_same_bits(part, other)
+
+
+def test_unscale_and_clip_dtensors(ranks: Ranks) -> None:
+    ranks.run(unscaled, SEED)
+
+
+def hooked(seed: int) -> None:
+    """Groups with norms of their own communicate one after the other."""
+    model, twin = sharded_model(seed), sharded_model(seed)
+    groups = [{"params": [model.params[0]]}, {"params": [model.params[1]], "max_norm": 0.25}]
+    optimizer = SGD(groups, lr=0.0)
+    handle = gradclip_ext.register_clip_hook(optimizer, 0.5)
+    optimizer.step()
+    for param, limit in zip(twin.params, (0.5, 0.25)):
+        gradclip_ext.clip_grad_norm_([param], limit)
+    for part, other in zip(model.parts(), twin.parts()):
+        oracle.assert_same_bits(part, other)
+    assert abs(plain(handle.total_norm).item() - model.norm(2.0)) <= 1e-6 * model.norm(2.0)
+
+
+def test_hook_with_dtensors(ranks: Ranks) -> None:
+    ranks.run(hooked, SEED)
