@@ -35,15 +35,22 @@ RULES: dict[str, Callable[[], Any]] = {
 over_rules = pytest.mark.parametrize("name", RULES)
 
 
-def sequence(count: int, *shape: int, nonfinite: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return norms that drift and vary, one in eight up to 1000 times as large and one in eight not finite."""
+def sequence(
+    count: int,
+    *shape: int,
+    nonfinite: bool = True,
+    spikes: float = 0.125,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return norms that drift and vary, some of them up to 1000 times as large, one in eight not finite."""
     drift = torch.randn(count, *shape).cumsum(0).mul(0.05).exp()
     norms = drift * torch.randn(count, *shape).mul(0.2).exp()
-    kind = torch.randint(0, 16, norms.shape)
-    norms = torch.where(kind < 2, norms * 10 ** torch.empty_like(norms).uniform_(0.0, 3.0), norms)
+    high = norms * 10 ** torch.empty_like(norms).uniform_(0.0, 3.0)
+    norms = torch.where(torch.rand(norms.shape) < spikes, high, norms)
     if nonfinite:
-        norms = torch.where(kind == 2, torch.full_like(norms, NAN), norms)
-        norms = torch.where(kind == 3, torch.full_like(norms, INF), norms)
+        kind = torch.randint(0, 16, norms.shape)
+        norms = torch.where(kind == 0, torch.full_like(norms, NAN), norms)
+        norms = torch.where(kind == 1, torch.full_like(norms, INF), norms)
     return norms.to(dtype)
 
 
@@ -124,14 +131,16 @@ def test_as_published(setting: str, dtype: torch.dtype) -> None:
     is_exact = ours in (AutoClip, SpikeDetector)
     for nonfinite in (False, True):
         rule, expected = ours(**options), plain(**options)
-        norms = sequence(400, nonfinite=nonfinite, dtype=dtype)
+        norms = sequence(
+            800, nonfinite=nonfinite, spikes=0.02 if ours is SpikeDetector else 0.125, dtype=dtype
+        )
         found = compare(rule, expected, norms, 0.0 if is_exact else EXACT)
         assert rule.steps.item() == norms.isfinite().sum()
         if ours is ZClip:
             assert rule.mean.item() == pytest.approx(expected.mean, rel=EXACT)
             assert rule.var.item() == pytest.approx(expected.var, rel=EXACT)
         if ours is SpikeDetector:
-            assert 3 < sum(found) < len(found) / 2, "the sequence shows nothing"
+            assert 0 < sum(found) < len(found) / 4, "the sequence shows nothing"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +208,7 @@ def test_adagc_leaves_out_what_it_cannot_know() -> None:
         if index % 3 == 0:
             rule(torch.stack([norm, torch.tensor([0.0, NAN, INF, -0.0][index % 4])]))
         rule(torch.stack([torch.tensor(0.0), norm]))
-        assert torch.equal(rule.averages[1:], twin.averages) or twin(norm[None]) is not None
+        twin(norm.reshape(1))
     assert torch.equal(rule.steps, torch.tensor([20, 60]))
     assert torch.equal(rule.averages[1:], twin.averages)
 
@@ -384,8 +393,8 @@ def test_compiled(name: str, compiler: str) -> None:
     torch._dynamo.reset()
     rule, twin, norms = RULES[name](), RULES[name](), norms_for(name, 30)
     compiled = torch.compile(rule, backend=compiler, fullgraph=True)
-    assert_same_results(run(compiled, norms), run(twin, norms))
-    assert_same_states(rule, twin)
+    for one, other in zip([*run(compiled, norms), *rule.buffers()], [*run(twin, norms), *twin.buffers()]):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0.0)  # the compiler may reorder roundings
     torch._dynamo.reset()
 
 
@@ -439,7 +448,8 @@ def test_clipping_what_is_not_finite(backend: Target, bad: float) -> None:
                 assert not any(grad.any() for grad in grads_of(params))
                 assert_same_states(rule, state)
             else:
-                assert rule.averages[0] == state.averages[0] and rule.averages[1] != state.averages[1]
+                assert rule.averages[0] == state.averages[0]
+                assert torch.equal(rule.steps - state.steps, torch.tensor([0, 1, 1]))
                 assert all(grad.any() for grad in grads_of(params)[1:]), before
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 
 class ZClip:
-    """arXiv:2504.02507: the norms of the warm-up are collected in a list, of which mean and variance are taken
-    at its end."""
+    """arXiv:2504.02507: the norms of the warm-up are collected in a list, which gives mean and variance."""
 
     def __init__(
         self,
