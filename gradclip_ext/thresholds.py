@@ -25,7 +25,7 @@ EPS_OF_COEFFICIENT = 1e-6
 class NormState(torch.nn.Module):
     """What is known of earlier norms: float64 buffers (float32 where a device has no float64) and a counter.
 
-    A subclass reads the norm by :meth:`read`, and changes its buffers by :meth:`update` only: in place, so
+    A subclass reads the norm by :meth:`read`, and changes its buffers by :func:`_update` only: in place, so
     that a CUDA graph finds them again, and without a branch on a value, for which the host would wait.
     """
 
@@ -62,12 +62,6 @@ class NormState(torch.nn.Module):
             f"{type(self).__name__} must be called with one norm: leave out per_tensor=True, or use AdaGC "
             "for a limit for each parameter"
         )
-
-    def update(self, where: Tensor, **values: Tensor) -> None:
-        """Set buffers to new values where the condition holds."""
-        for name, value in values.items():
-            buffer = self.get_buffer(name)
-            buffer.copy_(torch.where(where, value, buffer))
 
     def extra_repr(self) -> str:
         shown = {n: v for n, v in vars(self).items() if not n.startswith("_") and n != "training"}
@@ -170,7 +164,10 @@ class ZClip(NormState):
         later_mean = self.alpha * mean + (1.0 - self.alpha) * value
         later_var = self.alpha * var + (1.0 - self.alpha) * (value - later_mean).square()
         mean, var = torch.where(is_warm, later_mean, first_mean), torch.where(is_warm, later_var, first_var)
-        self.update(is_finite & var.isfinite(), steps=count, mean=mean, var=var)
+        enters = is_finite & var.isfinite()
+        _update(self.mean, enters, mean)
+        _update(self.var, enters, var)
+        _update(self.steps, enters, count)
         return limit
 
 
@@ -313,7 +310,8 @@ class AdaGC(NormState):
         clipped = torch.minimum(known, limits)
         least = torch.where(self.steps == 0, clipped, torch.minimum(averages, clipped))
         averages = torch.where(is_warming, least, self.beta * averages + (1.0 - self.beta) * clipped)
-        self.update(is_known, steps=self.steps + 1, averages=averages)
+        _update(self.averages, is_known, averages)
+        _update(self.steps, is_known, self.steps + 1)
         return torch.where(is_known, limits * (1.0 + EPS_OF_COEFFICIENT / known.clamp(min=tiny)), limits)
 
     def describe_shape(self) -> str:
@@ -380,8 +378,13 @@ def _remember(state: AutoClip | SpikeDetector, norm: Tensor) -> None:
     """Put a finite norm in the place of the oldest one."""
     is_here = _indices(state.norms) == state.steps % state.window
     is_finite = norm.isfinite()
-    state.update(is_here & is_finite, norms=norm)
-    state.update(is_finite, steps=state.steps + 1)
+    _update(state.norms, is_here & is_finite, norm)
+    _update(state.steps, is_finite, state.steps + 1)
+
+
+def _update(buffer: Tensor, where: Tensor, value: Tensor) -> None:
+    """Set a buffer to a new value where the condition holds."""
+    buffer.copy_(torch.where(where, value, buffer))
 
 
 def _indices(buffer: Tensor) -> Tensor:
