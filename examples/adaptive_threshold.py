@@ -28,6 +28,5 @@ for epoch in range(100):
         rule = ZClip(max_norm=50.0, warmup_steps=10)
         rule.load_state_dict(checkpoint["rule"])
     if epoch % 10 == 0:
-        print(
-            f"epoch {epoch:3d}  loss {loss.item():8.3f}  norm {before.item():8.3f}  mean {rule.mean.item():8.3f}"
-        )
+        norms = f"norm {before.item():8.3f}  mean {rule.mean.item():8.3f}"
+        print(f"epoch {epoch:3d}  loss {loss.item():8.3f}  {norms}")
