@@ -25,6 +25,7 @@ for epoch in range(100):
         torch.save({"model": model.state_dict(), "rule": rule.state_dict()}, file)
         file.seek(0)
         checkpoint = torch.load(file)
+        model.load_state_dict(checkpoint["model"])
         rule = ZClip(max_norm=50.0, warmup_steps=10)
         rule.load_state_dict(checkpoint["rule"])
     if epoch % 10 == 0:

@@ -10,7 +10,7 @@ y = 10 * x @ torch.randn(8, 1) + torch.randn(256, 1)
 model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
 optimizers = {p: torch.optim.SGD([p], lr=0.05) for p in model.parameters()}
 norms = {}
-previous = torch.tensor(0.0)
+previous = torch.tensor(torch.inf)  # no norm is known yet: the first step is scaled to nothing
 
 
 def step(param):
