@@ -7,6 +7,7 @@ number that changes from call to call.
 from __future__ import annotations
 
 import math
+import operator
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,26 @@ def as_threshold(name: str, value: Any) -> float:
     number = as_float(name, value)
     if not number >= 0.0:
         raise ValueError(f"{name} must be 0 or more (inf allowed), got {number}")
+    return number
+
+
+def as_number_up_to(name: str, value: Any, high: float = math.inf) -> float:
+    """Return ``value`` as a finite float from 0 to a highest one."""
+    number = as_float(name, value)
+    if not 0.0 <= number <= high or number == math.inf:
+        allowed = "finite, and 0 or more" if high == math.inf else f"from 0 to {high:g}"
+        raise ValueError(f"{name} must be {allowed}, got {number}: pass such a number")
+    return number
+
+
+def as_count(name: str, value: Any, least: int) -> int:
+    """Return ``value`` as an int that is not less than another."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an int, got {_describe(value)}: pass a whole number") from error
+    if number < least:
+        raise ValueError(f"{name} must be {least} or more, got {number}: pass such a number")
     return number
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip_ext import clip
 from gradclip_ext.backends import foreach
+from gradclip_ext.thresholds import AdaGC, AutoClip, SpikeDetector, ZClip
 
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero", "aten::nonzero")
 
@@ -96,6 +97,16 @@ def test_what_the_device_decides(backend: Target) -> None:
             backend.clip_grad_norm_(params, norms[0])
             backend.clip_grads_with_norm_(params, norms, norms[0])
             backend.clip_grad_norm_([*params, torch.nn.Parameter(torch.ones(2))], norms[:1], per_tensor=True)
+
+
+def test_thresholds(backend: Target) -> None:
+    params = mixed(backend)
+    rules = [rule.to(backend.device) for rule in (ZClip(), AutoClip())]
+    each, detector = AdaGC(params).to(backend.device), SpikeDetector().to(backend.device)
+    with no_sync(backend):
+        for rule in rules:
+            detector(backend.clip_grad_norm_(params, rule))
+        backend.clip_grad_norm_(params, each, per_tensor=True)
 
 
 def test_error_if_nonfinite_is_the_one_exception(backend: Target) -> None:
