@@ -35,7 +35,8 @@ def unscale_and_clip_grad_norm_(
     with one read and one write of the gradients less: the norm of the scaled gradients says whether one of
     them is infinite or NaN, and dividing by the scale and clipping are one product. Where the scale is
     a power of two, as GradScaler's own are, gradients and norm have the same bits, but for numbers below
-    the smallest normal one. ``scaler.step(optimizer)`` and ``scaler.update()`` follow as usual.
+    the smallest normal one, and of float64 gradients for orders other than 1, 2 and inf.
+    ``scaler.step(optimizer)`` and ``scaler.update()`` follow as usual.
 
     Args:
         scaler: a ``torch.amp.GradScaler``. If it is disabled, this is :func:`clip_grad_norm_`. A scaler with

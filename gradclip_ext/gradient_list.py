@@ -174,7 +174,7 @@ class GradientList:
         self._bump_versions()
         for backend, tensors in self._written:
             moved = on_device(factor, tensors.device)
-            if not foreach._host_sees(moved):
+            if not foreach.host_sees(moved):
                 FOREACH.scale_(tensors, moved)
             elif not moved.item() > 1.0:
                 backend.scale_(tensors, moved)

@@ -139,7 +139,8 @@ class ZClip(NormState):
         clip_factor: float = 1.0,
         eps: float = 1e-6,
     ) -> None:
-        super().__init__(steps=_counter(), mean=_zeros(), var=_zeros())
+        # of shape [1]: AOT Autograd loses what is written to a 0-d float64 input (seen in torch 2.13)
+        super().__init__(steps=_counter(), mean=_zeros(1), var=_zeros(1))
         self.max_norm = arguments.as_threshold("max_norm", max_norm)
         self.alpha = arguments.as_number_up_to("alpha", alpha, 1.0)
         self.z_thresh = arguments.as_threshold("z_thresh", z_thresh)
@@ -149,9 +150,8 @@ class ZClip(NormState):
 
     def forward(self, norm: Tensor) -> Tensor:
         norm = self.read(norm)
-        mean, var, count = self.mean, self.var, self.steps + 1
-        is_finite, is_warm = norm.isfinite(), self.steps >= self.warmup_steps
-        std = var.sqrt()
+        mean, var, count = self.mean[0], self.var[0], self.steps + 1
+        is_finite, is_warm, std = norm.isfinite(), self.steps >= self.warmup_steps, var.sqrt()
         z = (norm - mean) / (std + self.eps)
         is_spike = is_warm & ((z > self.z_thresh) | ~is_finite)
         spread = torch.where(is_finite, std * (self.z_thresh * self.z_thresh) / z, 0.0)
@@ -391,7 +391,7 @@ def _indices(buffer: Tensor) -> Tensor:
     return torch.arange(len(buffer), device=buffer.device)
 
 
-# In CPU memory whatever the default device is, the meta device for instance: the first call moves them.
+# In CPU memory whatever the default device is: the first call moves them.
 def _counter(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64, device="cpu")
 

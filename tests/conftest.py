@@ -53,7 +53,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every backend on every device where it is available, and the special ways of using some."""
     target: Target = request.param
     if target.way == "blind":
-        monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+        monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)
     if target.way == "columns":
         monkeypatch.setattr(_extension.C, "CAN_READ", False)
     return target

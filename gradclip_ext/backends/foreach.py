@@ -59,7 +59,7 @@ class ForeachBackend:
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        if _host_sees(tensors.tensors[0]):
+        if host_sees(tensors.tensors[0]):
             norm = _host_norm(tensors.tensors, norm_type, _SMALL if self._batched else 0)
         else:
             with_elements = [t for t in tensors.tensors if t.numel() > 0]
@@ -78,9 +78,9 @@ class ForeachBackend:
         if clip_coef.dim():
             for tensor, coef in zip(scaled, clip_coef.unbind()):
                 # On an accelerator a 0-d coefficient would be rounded to the dtype of the tensor.
-                of_dims = coef if _host_sees(coef) else coef.reshape((1,) * tensor.dim())
+                of_dims = coef if host_sees(coef) else coef.reshape((1,) * tensor.dim())
                 _scale_([tensor], of_dims, may_zero)
-        elif not (_host_sees(clip_coef) and clip_coef.item() >= 1.0):
+        elif not (host_sees(clip_coef) and clip_coef.item() >= 1.0):
             for group in _batches(scaled, self._batched):
                 _scale_(group, clip_coef, may_zero)
 
@@ -100,7 +100,7 @@ class ForeachBackend:
 
     def _norms(self, tensors: TensorList, norm_type: float) -> Tensor:
         """Return the norm of each tensor in float64, 0 without elements."""
-        if not _host_sees(tensors.tensors[0]):
+        if not host_sees(tensors.tensors[0]):
             return torch.stack(_device_norms(tensors.tensors, norm_type, self._batched))
         small = _SMALL if self._batched else 0
         none = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -113,7 +113,7 @@ class ForeachBackend:
                 continue
             norm, weight_norm = (_unit_norms(t, rule.norm_type) for t in (grad, weight))
             coef = rule.clip_coef(norm, weight_norm)
-            if _host_sees(coef) and (coef == 1.0).all():
+            if host_sees(coef) and (coef == 1.0).all():
                 continue
             # Not a 0-d tensor, which would be rounded to the gradient's dtype first.
             grad.copy_(grad * coef) if grad.dim() == 0 else grad.mul_(coef)
@@ -121,7 +121,7 @@ class ForeachBackend:
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
         # which on the CPU means small tensors.
-        most = _SMALL if _host_sees(tensors.tensors[0]) else math.inf
+        most = _SMALL if host_sees(tensors.tensors[0]) else math.inf
         for group in _batches(tensors.tensors, self._batched):
             together = [g for g in group if g.numel() <= most] if len(group) > 1 else []
             if together:
@@ -147,7 +147,7 @@ class SegmentsByForeach:
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
     """Multiply by a 0-d coefficient. As a Python number it would be rounded to bfloat16 along with the
     gradient and cost four times the host time."""
-    if _host_sees(clip_coef) and not 0.0 <= (coef := clip_coef.item()) < 1.0:
+    if host_sees(clip_coef) and not 0.0 <= (coef := clip_coef.item()) < 1.0:
         if coef >= 1.0:
             return
         if coef < 0.0:
@@ -157,7 +157,7 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
         torch._foreach_mul_(tensors, clip_coef)
     else:
         tensors[0].mul_(clip_coef)
-    if may_zero and not _host_sees(clip_coef):
+    if may_zero and not host_sees(clip_coef):
         for tensor in tensors:  # the product may be NaN
             tensor.masked_fill_(clip_coef < 0.0, 0.0)
 
@@ -170,7 +170,7 @@ def _without_complex32(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
-def _host_sees(tensor: Tensor) -> bool:
+def host_sees(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_intercepted()
 
 
@@ -382,7 +382,7 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
     """
     if not tensors:
         return []
-    if batched and (torch.compiler.is_compiling() or _host_sees(tensors[0])):
+    if batched and (torch.compiler.is_compiling() or host_sees(tensors[0])):
         return [list(tensors)]
     if not batched or is_intercepted() or share_memory(tensors):
         return [[t] for t in tensors]

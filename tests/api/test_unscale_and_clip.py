@@ -57,7 +57,13 @@ def found(scaler: GradScaler, optimizer: Optimizer) -> list[float]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [65536.0, 1024.0, 1.0, 0.5, 2.0**-10], ids=str)
 def test_bits_at_powers_of_two(backend: Target, scale: float, dtype: torch.dtype) -> None:
-    """Scales below 1 included, where a factor larger than 1 is left."""
+    """Scales below 1 included, where a factor larger than 1 is left.
+
+    Only a float64 result shows two roundings that differ for a scaled list. 1/3 is 2**-55.6 off, by which
+    ``pow`` multiplies the logarithm of the sum: for 2**48 times a sum below e**10, 43 * 2**-55.6, or 8 ulps,
+    for each tensor's norm and again for the joint one, with 2 for what ``pow`` rounds each time. The root of
+    half a number is rounded, for order 0.5. Coefficient and product add an ulp each.
+    """
     for max_norm in (0.0, 0.3, 1e6, INF, torch.tensor(0.25), lambda norm: norm / 3):
         for norm_type in NORM_TYPES:
             ours, theirs = twins(backend, scale, dtype)
@@ -65,9 +71,10 @@ def test_bits_at_powers_of_two(backend: Target, scale: float, dtype: torch.dtype
             norm = unscale_and_clip_grad_norm_(scalers[0], ours, max_norm, norm_type, backend=backend.name)
             expected = reference(scalers[1], theirs, max_norm, norm_type, backend=backend.name)
             what = f"{max_norm}, {norm_type}"
-            oracle.assert_same_bits(norm, expected, what)
+            is_rounded = dtype is torch.float64 and norm_type in (0.5, 3.0)
+            oracle.assert_within_ulps(norm, expected, 20 if is_rounded else 0, what)
             # On an accelerator the gradients go to torch's product, which may differ by the last bit.
-            ulps = 0 if backend.sees_values else 1
+            ulps = 22 if is_rounded else 0 if backend.sees_values else 1
             for a, b in zip(grads_of(params_of(ours)), grads_of(params_of(theirs)), strict=True):
                 oracle.assert_within_ulps(a, b, ulps, what)
             assert found(scalers[0], ours) == found(scalers[1], theirs) == [0.0]

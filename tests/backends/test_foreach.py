@@ -37,7 +37,7 @@ def test_interleaved_slices_share_a_range() -> None:
 
 def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """foreach=False where the host sees nothing: the loop and the strategy for accelerators together."""
-    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)
     for norm_type in (0.0, 0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
         grads = [random(6, 4)[::2], random(7), random(5, dtype=torch.complex64), random(), random(0, 2)]
         before = clones(grads)
@@ -48,7 +48,7 @@ def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch
 
 def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """One dtype and no gaps per launch; irregular tensors go alone and do not slow down the others."""
-    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)
+    monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)
     a, b = random(3), random(4)
     half = random(5, dtype=torch.bfloat16)
     gaps, z = random(6, 2)[:, 0], random(2, dtype=torch.complex64)

@@ -17,7 +17,7 @@ pytestmark = needs_gloo
 def joint(seed: int, bad_rank: int) -> list[bytes]:
     """Clip DTensors beside gradients that differ between the ranks; return the bits of limits and states."""
     rules = [ZClip(warmup_steps=4), AutoClip(window=5)]
-    detector = SpikeDetector(window=6)
+    detector = SpikeDetector(window=18)  # judges from its ninth norm on: by a few, any norm may be a spike
     limits: list[torch.Tensor] = []
 
     for step in range(12):

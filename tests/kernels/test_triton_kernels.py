@@ -131,7 +131,7 @@ def test_norm_and_coefficient_of_one_kernel(p: float) -> None:
 
 def test_a_coefficient_is_right_for_any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two gradients that overlap beside one listed twice: Triton takes the norm and foreach scales."""
-    monkeypatch.setattr(foreach, "_host_sees", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)  # as on a GPU
     base, twice = torch.randn(100), torch.randn(5)
     grads = [base[:60], base[40:], twice, twice]
     params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
