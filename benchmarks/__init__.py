@@ -6,7 +6,7 @@ operations where it has no function), gate.py (checks results), measure.py (meas
 files), terminal.py (what a run prints), report.py and plot.py (README's numbers and the figures), then
 plan.py (the options) and __main__.py (a run).
 
-train.py trains the model of gpt.py once with each implementation, side by side. distributed.py clips
-DTensors on gloo ranks, distributed_results.py has what it found. gpu_design.py measures the properties of a
-GPU that the design of the CUDA kernels depends on.
+train.py trains the model of gpt.py once with each implementation, side by side, and survival.py trains it
+with bad steps. distributed.py clips DTensors on gloo ranks, distributed_results.py has what it found.
+gpu_design.py measures the properties of a GPU that the design of the CUDA kernels depends on.
 """

@@ -4,7 +4,8 @@ Where torch.nn.utils has no such function, what one writes with torch's operatio
 
 Other libraries, the peers, are measured if they are installed; none of them is a dependency. There is one
 function per peer, which imports the library, returns its Implementation, and raises Missing with the reason
-if it cannot be measured here. If a library does not offer an operation, the results have a row that says so.
+if it cannot be measured here. If a library does not offer what torch.nn.utils has, the results have a row
+that says so.
 The gate checks the results of all implementations.
 """
 
@@ -52,6 +53,10 @@ class Implementation:
     @property
     def is_ours(self) -> bool:
         return is_ours(self.name)
+
+    def is_measured(self, function: str) -> bool:
+        """Tell whether the results have a row for it."""
+        return function in self.functions or function not in BEYOND_TORCH
 
 
 def is_ours(name: str) -> bool:

@@ -74,9 +74,11 @@ def measure_case(
     for operation in operations:
         call = operation.function, operation.state  # the same with an optimizer's step and without
         if call not in judged:
-            judged[call] = {i.name: gate.judge(i, operation, workload) for i in implementations}
+            measured = [i for i in implementations if i.is_measured(operation.function)]
+            judged[call] = {i.name: gate.judge(i, operation, workload) for i in measured}
         verdicts = judged[call]
-        timed = [i for i in implementations if verdicts[i.name].ok or _is_baseline(i, verdicts[i.name])]
+        found = [(i, verdicts[i.name]) for i in implementations if i.name in verdicts]
+        timed = [i for i, verdict in found if verdict.ok or _is_baseline(i, verdict)]
         bandwidths = settings.bandwidths()
         timings = time_operation(timed, operation, workload, settings)
         yield [

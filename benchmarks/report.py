@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 
-from benchmarks import distributed_results, plot
+from benchmarks import distributed_results, plot, survival
 from benchmarks.contenders import BASELINE, is_ours
 from benchmarks.operations import ADAPTIVE, BEYOND_TORCH, PER_TENSOR, STATS, STEP
 from benchmarks.results import Record, Results, Training, host_costs, is_training, training_file_name
@@ -43,6 +44,8 @@ _BEYOND_COLUMNS = {
 # README shows models that people train, and many tiny tensors; the index has the rest.
 _README_COLUMNS = ("clip_grad_norm_:unclipped", "clip_grad_norm_:clipped", "clip_grad_value_:clipped")
 _README_BEYOND = (f"{STATS}:unclipped", f"{PER_TENSOR}:clipped", f"{ADAPTIVE}:clipped")
+# Files beside a results file, which have names like its own.
+_OTHER_KINDS = (is_training, distributed_results.is_sharded, survival.is_survival)
 _README_ROWS = {
     ("gpt2-124m", "float32"): "GPT-2 (124M)",
     ("gpt2-124m", "bfloat16"): "GPT-2 (124M)",
@@ -53,8 +56,8 @@ _README_ROWS = {
 
 def load(folder: Path = FOLDER) -> dict[str, Results]:
     """Return the results files by stem, those of GPUs first."""
-    paths = (p for p in folder.glob("*.jsonl") if not (is_training(p) or distributed_results.is_sharded(p)))
-    files = {p.stem: Results.load(p) for p in sorted(paths)}
+    paths = sorted(p for p in folder.glob("*.jsonl") if not any(is_kind(p) for is_kind in _OTHER_KINDS))
+    files = {p.stem: Results.load(p) for p in paths}
     return dict(sorted(files.items(), key=lambda item: item[1].machine["gpu"] is None))
 
 
@@ -71,6 +74,7 @@ def readme_blocks(files: dict[str, Results], folder: Path = FOLDER) -> dict[str,
     return {
         "numbers": _text(_first_screen(files)),
         "sharded": _text(_sharded_tables(files, folder)),
+        "survival": _text(_survival(files, folder)),
         "table": _text(_small_tables(files)),
         "beyond": _text(_beyond_tables(files)),
     }
@@ -138,6 +142,16 @@ def _sharded_tables(files: dict[str, Results], folder: Path) -> Iterator[str]:
             yield ""
 
 
+def _survival(files: dict[str, Results], folder: Path) -> Iterator[str]:
+    for stem in files:
+        path = folder / survival.file_name(stem)
+        if path.exists():
+            yield from wrap(survival.Survival.load(path).sentences(), width=110)
+            yield ""
+            yield f"![loss and norm of each step](benchmarks/results/{path.stem}.png)"
+            yield ""
+
+
 def _markers(name: str) -> tuple[str, str]:
     return (
         f"<!-- begin {name}: made by python -m benchmarks.report, not by hand -->\n",
@@ -191,6 +205,10 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
         if sharded.exists():
             parts += [f"### [Sharded gradients]({sharded.name})", ""]
             parts += [f"![sharded gradients]({sharded.stem}.png)", ""]
+        survivors = folder / survival.file_name(stem)
+        if survivors.exists():
+            parts += [f"### [Training with bad steps]({survivors.name})", ""]
+            parts += [f"![training with bad steps]({survivors.stem}.png)", ""]
     return _text(parts)
 
 
@@ -203,6 +221,9 @@ def draw(stem: str, results: Results, folder: Path = FOLDER) -> None:
     sharded = folder / distributed_results.file_name(stem)
     if sharded.exists():
         distributed_results.draw(*distributed_results.load(sharded), sharded.with_suffix(".png"))
+    survivors = folder / survival.file_name(stem)
+    if survivors.exists():
+        survival.Survival.load(survivors).draw(survivors.with_suffix(".png"))
 
 
 # ---------------------------------------------------------------- parts of both

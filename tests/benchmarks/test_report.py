@@ -60,8 +60,8 @@ def test_every_row_of_a_file_is_printed(
 def test_figures_are_made_from_the_results_files() -> None:
     texts = report.README.read_text() + (report.FOLDER / "README.md").read_text()
     for stem, results in report.load().items():
-        # Those of a training are drawn by that run, those of sharded gradients have no fingerprint.
-        for name in re.findall(rf"\b({re.escape(stem)}(?!-train|-distributed)[\w-]*\.png)", texts):
+        # A training's are drawn by that run; those of sharded gradients and of faults have no fingerprint.
+        for name in re.findall(rf"\b({re.escape(stem)}(?!-train|-distributed|-survival)[\w-]*\.png)", texts):
             picture = (report.FOLDER / name).read_bytes()
             assert f"results {plot.fingerprint(results)}".encode() in picture, f"{name}: {REMEDY}"
 
