@@ -163,7 +163,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
         assert said in (reason(triton=ModuleNotFoundError("no " + missing, name=missing)) or "")
     assert "OSError: libcuda" in (reason(triton=OSError("libcuda")) or "")
     assert "2.1.0 is too old: 3.2" in (reason(triton=triton("2.1.0")) or "")
-    there = {"triton": triton("3.10.0+git1"), "kernels": kernels}
+    others = dict.fromkeys(("finalize_kernels", "segment_kernels", "adaptive_kernels"), kernels)
+    there = {"triton": triton("3.10.0+git1"), "kernels": kernels, **others}
     if not on:
         assert "cannot read GPU memory" in (reason(**there) or "")
         return
@@ -172,7 +173,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "after Triton had been imported" in (reason("cpu", **there) or "")
     # An interpreter that does not work with a newer NumPy fails at its first launch.
-    broken = {"triton": triton("3.6.0"), "kernels": SimpleNamespace(norm_kernel=object())}
+    broken = {**there, **dict.fromkeys(("kernels", *others), SimpleNamespace(norm_kernel=object()))}
     assert "cannot be used here: AttributeError" in (reason("cpu", **broken) or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA" in (reason(**there) or "")

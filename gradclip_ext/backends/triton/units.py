@@ -11,10 +11,11 @@ from torch import Tensor
 from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList, units_of
 from gradclip_ext.backends.triton.memory import CHUNK_BYTES, read_columns
 
-# Elements of a unit that a program reads at a time, with so many units that a tile has _TILE elements: 32 for
-# each of 128 lanes, which are 64 bytes in flight for half types.
-_WIDTHS = (16, 256, 1024)
-_TILE = 4096
+# Elements of a unit that a program reads at a time: units at a time. Wide tiles have 32 elements for each of
+# 128 lanes, which are 64 bytes in flight for half types. A lane keeps several float64 numbers for each of its
+# units, so that more narrow units than these spill registers.
+_ROWS_OF_WIDTH = {16: 32, 256: 4, 1024: 4}
+_WIDEST = max(_ROWS_OF_WIDTH)
 # Programs share the work in runs of about so many bytes of gradients.
 _RUN_BYTES = CHUNK_BYTES // 2
 # A larger unit would keep one program busy when the others are done, which on an H100 read so much in 10 us.
@@ -34,7 +35,7 @@ class UnitGroup(NamedTuple):
 
     @property
     def tile(self) -> dict[str, int]:
-        return {"ROWS": _TILE // self.width, "COLS": self.width}
+        return {"ROWS": _ROWS_OF_WIDTH[self.width], "COLS": self.width}
 
 
 class UnitTable:
@@ -57,7 +58,7 @@ class UnitTable:
         for (address, numel, code), (weight, _, weight_code), count in pairs:
             length, itemsize = numel // count, KERNEL_DTYPES[code].itemsize
             if length * itemsize <= _MAX_UNIT_BYTES:
-                width = next((width for width in _WIDTHS if length <= width), _WIDTHS[-1])
+                width = next((width for width in _ROWS_OF_WIDTH if length <= width), _WIDEST)
                 grouped.setdefault((code, weight_code, width), []).append((address, weight, count, length))
                 continue
             for start in range(0, numel, length):
@@ -78,7 +79,7 @@ class UnitTable:
         width: int,
         tensors: list[tuple[int, int, int, int]],
     ) -> None:
-        first, before, of_tile = len(self.rows) // 3, self.runs, _TILE // width
+        first, before, of_tile = len(self.rows) // 3, self.runs, _ROWS_OF_WIDTH[width]
         for address, weight, count, length in tensors:
             per_run = max(_RUN_BYTES // (length * dtype.itemsize), 1)
             if length * dtype.itemsize <= CHUNK_BYTES:
