@@ -34,7 +34,7 @@ from triton.runtime import driver
 from gradclip_ext.backends.base import TensorList
 from gradclip_ext.backends.triton import TritonBackend, memory
 from gradclip_ext.backends.triton.launch import Launch, Launcher
-from gradclip_ext.norms import REPORT, Rule
+from gradclip_ext.norms import REPORT, AdaptiveRule, Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}[sys.argv[2]]
@@ -58,7 +58,10 @@ class Recorder(Launcher):
     def _start_of(self, launch: Launch, changing: tuple[Any, ...]) -> Callable[..., None]:
         named = {**launch.constants, **launch.options, "grid": (1,)}
         binary = launch.kernel.warmup(*changing, *launch.arguments, **named)
-        self.compiled[launch.kernel.__name__] = binary
+        name = launch.kernel.__name__
+        if name == "adaptive_kernel":
+            name += f" {launch.constants['COLS']}"
+        self.compiled[name] = binary
         return lambda *changing: None
 
 
@@ -78,6 +81,8 @@ def operations(
     backend.norm(TensorList(grads), p, Rule(1.0), dtype)
     backend.clip_each_(TensorList(grads), p, zeroing, dtype)
     backend.statistics(TensorList(grads), p)
+    of_units = TensorList([torch.ones(2, length, dtype=grads[0].dtype) for length in (3, 100, 1000)])
+    backend.clip_adaptive_(of_units, of_units, AdaptiveRule(p, coef, bound))
     backend.scale_(TensorList(grads), torch.tensor(coef))
     backend.clamp_(TensorList(grads), -bound, bound)
     return recorder.compiled
@@ -133,12 +138,12 @@ def main() -> None:
     report: dict[str, Any] = {"kernels": {}}
     for dtype, p in itertools.product(DTYPES, (2.0, 3.0)):
         for name, binary in operations([torch.ones(5, dtype=dtype)], p).items():
-            if p == 2.0 or name == "norm_kernel":
+            if p == 2.0 or not name.startswith(("scale", "clamp")):
                 report["kernels"][f"{name} {dtype} p={p}"] = described(binary)
     lists = [[torch.ones(3) for _ in range(n)] for n in (1, 2, 16, 17, 300)] + [[torch.ones(2**21 + 1)]]
     report["binaries"] = {
         name: len({id(binaries[name]) for binaries in [operations(grads) for grads in lists]})
-        for name in ("norm_kernel", "finalize_kernel", "scale_kernel", "clamp_kernel")
+        for name in operations(lists[0])
     }
     report["orders"] = len({id(operations(lists[0], p)["norm_kernel"]) for p in (0.5, 3.0, 0.1, 7.0, 4.0)})
     report["bounds"] = len({id(operations(lists[0], bound=b)["clamp_kernel"]) for b in (0.0, 1.0, 0.3, 1e30)})
