@@ -73,7 +73,7 @@ def test_whole_tiles_move_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.Tem
         pytest.skip(report["missing"])
     for name, found in report["kernels"].items():
         accesses = found["accesses"]
-        if not name.startswith("finalize"):
+        if not name.startswith("finalize") and not (name.startswith("adaptive") and " 1024 " not in name):
             loads = 8 if name.startswith(("norm", "statistics")) else 4
             assert accesses.get("global_load_dwordx4", 0) >= loads, (name, accesses)
         if name.startswith(("scale", "clamp")):
@@ -137,7 +137,7 @@ def test_launches_are_triton_s_own_and_take_a_fraction_of_the_time(
 ) -> None:
     """A launcher reads as many arguments as its kernel has, however many are passed."""
     folder = tmp_path_factory.mktemp("triton_cache")
-    found = json.loads(run_with_triton(TESTS / "support" / "triton_launched.py", folder, timeout=300))
+    found = json.loads(run_with_triton(TESTS / "support" / "triton_launched.py", folder, timeout=600))
     names = (*KERNELS, *SEGMENT_KERNELS)
     assert found["same"] == dict.fromkeys(names, True)
     # Reading the list, the norm's rule and three launches: Triton's own way takes 60 us for the launches.

@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=f"triton cannot handle the CPU here: {WHY_NOT}"),
 ]
 
+
 def norm_of(tensors: list[Tensor], p: float = 2.0) -> Tensor:
     """Return the norm in float64, before it is rounded to what users get."""
     return backend.norm(TensorList(tensors), p, REPORT, torch.float64)[0]

@@ -1,7 +1,7 @@
 """The Triton kernels with a result or a coefficient for each tensor or unit, in Triton's interpreter.
 
-test_triton_interpreted.py runs this file. What every backend must do is in the shared suite; here is what only
-these kernels can get wrong.
+test_triton_interpreted.py runs this file. What every backend must do is in the shared suite; here is what
+only these kernels can get wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAN, INF = math.nan, math.inf
 
 def mixed() -> list[Tensor]:
     """Return tensors of all dtypes in turn, empty ones among them, one of them over many chunks."""
-    sizes = (3, 0, 70_001, 1, 20_000, 0, 300_000, 5, 9_999)
+    sizes = (3, 40, 70_001, 1, 20_000, 0, 300_000, 5, 0, 9_999)
     return [torch.randn(size).to(DTYPES[i % 4]) for i, size in enumerate(sizes)]
 
 
@@ -113,7 +113,13 @@ def test_coefficients_are_those_of_the_rule(dtype: torch.dtype, zero: bool) -> N
     limits = [0.0, 0.3, 1e300, INF, -2.0, -INF, NAN]
     grads = [torch.tensor([first, 0.5 if first == 1.0 else 0.0]).to(dtype) for first in firsts]
     of_dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    for limit in [*(torch.tensor(v).to(d) for v in limits for d in of_dtypes), 0.0, 0.3, 1e300, INF]:
+    for limit in [
+        *(torch.tensor(v, dtype=torch.float64).to(d) for v in limits for d in of_dtypes),
+        0.0,
+        0.3,
+        1e300,
+        INF,
+    ]:
         rule = Rule(limit, zero_if_nonfinite=zero)
         for grad in grads:
             norm, coef = backend.norm(TensorList([grad]), 2.0, rule, dtype)
@@ -128,7 +134,7 @@ def test_coefficients_are_those_of_the_rule(dtype: torch.dtype, zero: bool) -> N
 @over_orders
 def test_norms_and_scaling_of_each_are_those_alone(p: float) -> None:
     """The bits of a call for each tensor, whatever stands beside it."""
-    for limits in (0.5, torch.rand(9).double() * 50, torch.tensor(0.5)):
+    for limits in (0.5, torch.rand(10).double() * 50, torch.tensor(0.5)):
         grads, alone = mixed(), []
         before = clones(grads)
         rule = Rule(limits, zero_if_nonfinite=True)
@@ -229,14 +235,16 @@ def test_units_around_the_widths_of_tiles(dtype: torch.dtype) -> None:
 def test_large_units_are_clipped_by_the_kernels_for_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "_MAX_UNIT_BYTES", 2000)
     monkeypatch.setattr(memory, "_workspaces", {})
-    grads, weights = pairs((3, 900), (3, 40), (20_000,), (2, 2), dtype=torch.float32, of_weights=torch.float64)
+    grads, weights = pairs(
+        (3, 900), (3, 40), (20_000,), (2, 2), dtype=torch.float32, of_weights=torch.float64
+    )
     grads[0][1, 5] = NAN
     assert_adaptive(grads, weights)
 
 
 def test_units_in_range_and_beyond() -> None:
     """A unit that overflows, that vanishes, that is zero or not finite says nothing of its neighbours."""
-    scales = torch.tensor([1.0, 1e30, 1e-30, 0.0, 1.0, 1.0, 1e-42, 3e38])[:, None]
+    scales = torch.tensor([1.0, 1e30, 1e-30, 0.0, 1.0, 1.0, 1e-42, 1e36])[:, None]
     for length in (9, 100, 1500):
         grads = [torch.rand(8, length).add(0.1) * scales]
         grads[0][4, 3], grads[0][5, 3] = NAN, -INF
