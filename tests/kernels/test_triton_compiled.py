@@ -23,6 +23,13 @@ pytestmark = [
 ]
 
 
+# 16-byte loads of one tile.
+IN_FLIGHT = {
+    **dict.fromkeys(("norm_kernel", "statistics_kernel"), 8),
+    **dict.fromkeys(("scale_kernel", "scale_each_kernel", "clamp_kernel"), 4),
+}
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What triton_compiled.py found, for sm_90."""
@@ -114,17 +121,12 @@ def test_loads_of_a_tile_are_in_flight_together(compiled: dict[str, Any]) -> Non
 
 
 def test_no_registers_are_spilled(compiled: dict[str, Any]) -> None:
-    """A few bytes of local memory are the frame of a call, of float64 division for one."""
+    """But for a few addresses, outside of loops over elements, where ptxas makes room for one more program."""
     for name, found in compiled["kernels"].items():
         if found["registers"] is None:
             pytest.skip("this Triton brings no cuobjdump")
-        assert found["registers"] < 255 and found["local_bytes"] <= 64, (name, found)
-
-
-IN_FLIGHT = {
-    **dict.fromkeys(("norm_kernel", "statistics_kernel"), 8),
-    **dict.fromkeys(("scale_kernel", "scale_each_kernel", "clamp_kernel"), 4),
-}
+        spills = name.startswith("adaptive") or ("statistics_kernel" in name and "p=3" in name)
+        assert found["registers"] < 255 and found["local_bytes"] <= (48 if spills else 0), (name, found)
 
 
 def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ NAN, INF = math.nan, math.inf
 
 def mixed() -> list[Tensor]:
     """Return tensors of all dtypes in turn, empty ones among them, one of them over many chunks."""
-    sizes = (3, 40, 70_001, 1, 20_000, 0, 300_000, 5, 0, 9_999)
+    sizes = (3, 40, 33_001, 1, 20_000, 0, 100_000, 5, 0, 9_999)
     return [torch.randn(size).to(DTYPES[i % 4]) for i, size in enumerate(sizes)]
 
 
@@ -134,7 +134,7 @@ def test_coefficients_are_those_of_the_rule(dtype: torch.dtype, zero: bool) -> N
 @over_orders
 def test_norms_and_scaling_of_each_are_those_alone(p: float) -> None:
     """The bits of a call for each tensor, whatever stands beside it."""
-    for limits in (0.5, torch.rand(10).double() * 50, torch.tensor(0.5)):
+    for limits in (0.5, torch.rand(10).double() * 50):
         grads, alone = mixed(), []
         before = clones(grads)
         rule = Rule(limits, zero_if_nonfinite=True)
