@@ -121,7 +121,7 @@ def test_loads_of_a_tile_are_in_flight_together(compiled: dict[str, Any]) -> Non
 
 
 def test_no_registers_are_spilled(compiled: dict[str, Any]) -> None:
-    """But for a few addresses, outside of loops over elements, where ptxas makes room for one more program."""
+    """But for a few addresses, outside of loops over elements, where ptxas makes room for a program more."""
     for name, found in compiled["kernels"].items():
         if found["registers"] is None:
             pytest.skip("this Triton brings no cuobjdump")
