@@ -131,8 +131,10 @@ def _unit_norms(
         is_lost = is_ordinary & ((sums < MIN_SUM) | (sums == INF))
         scale = tl.where(is_lost, norms, tl.full((), 1.0, tl.float64))
         if tl.max(is_lost.to(tl.int32), axis=0) > 0:
-            # Fewer elements at a time, because float64 takes more registers.
-            again = _scaled_sums(address, length, units, scale, p, ORDER, DTYPE, ROWS, COLS // 4)
+            # Fewer elements at a time, because float64 takes more registers. A quarter of a narrow tile is
+            # what Triton 3.6 fails to compile for AMD's GPUs.
+            FEWER: tl.constexpr = COLS // 4 if COLS > 256 else COLS
+            again = _scaled_sums(address, length, units, scale, p, ORDER, DTYPE, ROWS, FEWER)
             sums = tl.where(is_lost, again, sums)
         norms = tl.where(is_ordinary, scale * _pth_root(sums, p, ORDER), norms)
     return norms
