@@ -29,7 +29,7 @@ SKIPPED = {
     ),
     **{
         f"test_as_one_call_for_each[triton-cpu-{dtype}-{norm_type}]": (
-            "half a minute each; of these orders there are lists in test_triton_segments.py"
+            "half a minute each; of these orders there are lists in test_triton_segment_kernels.py"
         )
         for dtype in ("float16", "bfloat16", "float32", "float64", "complex64")
         for norm_type in (0.5, 1.0, 3.0)
