@@ -64,20 +64,30 @@ def test_a_compile_failure_gives_way_to_foreach_with_one_warning(
     assert launches(log) == []
 
 
-@pytest.mark.parametrize("failing", ["scale_kernel", "clamp_kernel"])
+# For each kernel a call that needs it, of a gradient [3, -4], and the gradient afterwards.
+CALLS: dict[str, tuple[Callable[[Any], Any], list[float]]] = {
+    "scale_kernel": (lambda p: gradclip_ext.clip_grads_with_norm_(p, 1.0, torch.tensor(2.0)), [1.5, -2.0]),
+    "clamp_kernel": (lambda p: gradclip_ext.clamp_grad_(p, -2.0, 1.5), [1.5, -2.0]),
+    "scale_each_kernel": (lambda p: gradclip_ext.clip_grad_norm_(p, 2.5, per_tensor=True), [1.5, -2.0]),
+    "finalize_each_kernel": (lambda p: gradclip_ext.clip_grad_norm_(p, 2.5, per_tensor=True), [1.5, -2.0]),
+    "statistics_kernel": (gradclip_ext.get_grad_stats, [3.0, -4.0]),
+    "finalize_statistics_kernel": (gradclip_ext.get_grad_stats, [3.0, -4.0]),
+    "adaptive_kernel": (lambda p: gradclip_ext.adaptive_clip_grad_(p, 0.5, eps=5.0), [1.5, -2.0]),
+}
+
+
+@pytest.mark.parametrize("failing", CALLS)
 def test_every_operation_gives_way(
     log: list, install: Install, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     backend = install(fallback=backends.FOREACH)
     monkeypatch.setattr(getattr(backend._launcher.kernels, failing), "_fails", lambda constants: True)
     monkeypatch.setattr(backends, "_AUTOMATIC", {"triton": backend, "foreach": backends.FOREACH})
+    call, expected = CALLS[failing]
     param = parameter(torch.tensor([3.0, -4.0]))
+    param.data.zero_()
     with pytest.warns(RuntimeWarning, match=f"failed to compile {failing}"):
-        if failing == "scale_kernel":
-            gradclip_ext.clip_grads_with_norm_(param, 1.0, torch.tensor(2.0))
-        else:
-            gradclip_ext.clamp_grad_(param, -2.0, 1.5)
-    expected = [1.5, -2.0]
+        call(param)
     torch.testing.assert_close(param.grad, torch.tensor(expected))
     assert launches(log) == []
 
@@ -163,7 +173,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
         assert said in (reason(triton=ModuleNotFoundError("no " + missing, name=missing)) or "")
     assert "OSError: libcuda" in (reason(triton=OSError("libcuda")) or "")
     assert "2.1.0 is too old: 3.2" in (reason(triton=triton("2.1.0")) or "")
-    there = {"triton": triton("3.10.0+git1"), "kernels": kernels}
+    others = dict.fromkeys(("finalize_kernels", "segment_kernels", "adaptive_kernels"), kernels)
+    there = {"triton": triton("3.10.0+git1"), "kernels": kernels, **others}
     if not on:
         assert "cannot read GPU memory" in (reason(**there) or "")
         return
@@ -172,7 +183,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "after Triton had been imported" in (reason("cpu", **there) or "")
     # An interpreter that does not work with a newer NumPy fails at its first launch.
-    broken = {"triton": triton("3.6.0"), "kernels": SimpleNamespace(norm_kernel=object())}
+    broken = {**there, **dict.fromkeys(("kernels", *others), SimpleNamespace(norm_kernel=object()))}
     assert "cannot be used here: AttributeError" in (reason("cpu", **broken) or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA" in (reason(**there) or "")

@@ -242,7 +242,7 @@ def test_the_rows_of_a_table(log: list) -> None:
     ]
     a, b, c, _, d = (t.data_ptr() for t in tensors)
     table = memory.Table(TensorList(tensors).columns())
-    assert table.rows.tolist() == [a, 3, 0, c, chunk + 1, 1, b, 5, 3, d, 2, 4, 0, 0, 5]
+    assert table.rows.tolist() == [a, 3, 0, c, chunk + 1, 1, b, 5, 3, d, 2, 4, 0, 0, 5, 0, 2, 1, 3]
     assert table.groups == [(torch.float32, 0, 2, 3), (torch.float16, 2, 4, 2)] and table.chunks == 5
 
 

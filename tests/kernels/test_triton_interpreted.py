@@ -29,7 +29,7 @@ def test_suite_in_the_interpreter() -> None:
         *("-m", "pytest", TESTS, "-c", ROOT / "pyproject.toml", "-m", "triton and not gpu"),
         *("-p", "triton_interpreted", "-p", "no:cacheprovider", "-W", "ignore", "-rs"),
         *("--ignore-glob", "*benchmarks*"),
-        timeout=900,
+        timeout=1800,
         interpret=True,
     )
     passed = re.search(r"(\d+) passed", out)

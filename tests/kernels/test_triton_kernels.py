@@ -15,6 +15,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton_inputs import (
+    DTYPES,
+    ORDERS,
+    at_offset,
+    borders,
+    chunk_numel,
+    clones,
+    over_dtypes,
+    over_orders,
+    same,
+)
 
 import gradclip_ext
 from gradclip_ext import backends, reference
@@ -29,33 +40,6 @@ pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"triton cannot handle the CPU here: {WHY_NOT}"),
 ]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-over_orders = pytest.mark.parametrize("p", ORDERS)
-
-
-def chunk_numel(dtype: torch.dtype) -> int:
-    return memory.CHUNK_BYTES // dtype.itemsize
-
-
-def at_offset(values: Tensor, offset: int) -> Tensor:
-    """Return a copy that begins ``offset`` elements after an address that 64 divides."""
-    buffer = torch.empty(values.numel() + offset + 64, dtype=values.dtype)
-    begin = (-buffer.data_ptr() % 64) // values.element_size() + offset
-    return buffer[begin : begin + values.numel()].copy_(values)
-
-
-def borders(dtype: torch.dtype) -> list[Tensor]:
-    """Return tensors that end at, before and after the ends of vectors, blocks, tiles and chunks."""
-    chunk = chunk_numel(dtype)
-    sizes = [1, 3, chunk // 32 + 1, chunk // 4 - 1, chunk // 4, chunk - 5, chunk, chunk + 1, 2 * chunk + 7]
-    return [torch.randn(size).to(dtype) for size in sizes]
-
-
-def clones(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.clone() for t in tensors]
 
 
 def norm_of(tensors: list[Tensor], p: float = 2.0) -> Tensor:
@@ -81,10 +65,6 @@ def assert_norm(tensors: list[Tensor], p: float) -> Tensor:
     budget = 8 * max(1.0, 1.0 / p) * torch.finfo(torch.float64).eps if in_float64 else 2.7e-7
     assert norm.item() == pytest.approx(exact, rel=budget), (norm, exact, p)
     return norm
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 # ---------------------------------------------------------------- values
@@ -278,7 +258,7 @@ def test_offsets_are_int64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def table(columns: bytes) -> Any:
         made = genuine(columns)
-        assert made.rows.tolist() == [x.data_ptr(), numel, 0, 0, 0, last + 1]
+        assert made.rows.tolist() == [x.data_ptr(), numel, 0, 0, 0, last + 1, 0]
         made.rows = array("q", [0, 0, last, x.data_ptr(), numel, 0, 0, 0, last + 1])
         made.groups = [memory.Group(torch.float16, 0, 2, 1)]
         return made

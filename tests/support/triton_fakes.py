@@ -38,6 +38,14 @@ class FakeBinary:
 
 
 KERNELS = ("norm_kernel", "finalize_kernel", "scale_kernel", "clamp_kernel")
+# Those with a result or a coefficient for each tensor or unit.
+SEGMENT_KERNELS = (
+    "finalize_each_kernel",
+    "scale_each_kernel",
+    "statistics_kernel",
+    "finalize_statistics_kernel",
+    "adaptive_kernel",
+)
 
 
 def with_fake_kernels(
@@ -45,7 +53,7 @@ def with_fake_kernels(
 ) -> TritonBackend:
     """Return a triton backend that records in ``log`` what it has compiled and launched."""
     backend = TritonBackend(fallback)
-    kernels = {name: kind(name, log, fails) for name in KERNELS}
+    kernels = {name: kind(name, log, fails) for name in (*KERNELS, *SEGMENT_KERNELS)}
     backend._launcher.kernels = SimpleNamespace(tl=torch, **kernels)
     return backend
 

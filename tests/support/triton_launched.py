@@ -9,7 +9,9 @@ driver.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import sys
 import timeit
@@ -29,7 +31,7 @@ from gradclip_ext import _extension, backends
 from gradclip_ext.backends.base import TensorList
 from gradclip_ext.backends.triton import TritonBackend
 from gradclip_ext.backends.triton.launch import Launch, Launcher
-from gradclip_ext.norms import REPORT, Rule
+from gradclip_ext.norms import REPORT, AdaptiveRule, Rule
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 launched: list[tuple[Any, ...]] = []
@@ -93,9 +95,20 @@ def launches_like_triton() -> dict[str, bool]:
             for max_norm in (1.0, 0.0, 1e300):
                 for result in (torch.float32, torch.float64):
                     backend.norm(TensorList(grads), p, Rule(max_norm), result)
+            for result, limit in itertools.product(
+                (torch.float32, torch.float64), (1.0, math.inf, torch.ones(3)[1], torch.ones(2))
+            ):
+                rule = Rule(limit, zero_if_nonfinite=True)
+                if not isinstance(limit, Tensor) or not limit.dim():
+                    backend.norm(TensorList(grads), p, rule, result)
+                backend.clip_each_(TensorList(grads), p, rule, result)
+            backend.statistics(TensorList(grads), p)
+            backend.clip_adaptive_(TensorList(grads), TensorList(grads), AdaptiveRule(p, 1.0, 0.0))
         coefs = torch.ones(5)
         for coef in (coefs[0], coefs[1], coefs[4]):  # 16 divides the addresses of two of them
             backend.scale_(TensorList(grads), coef)
+            backend.scale_(TensorList(grads), coef, may_zero=True)
+        backend.scale_(TensorList(grads), coefs[1:3])
         for bound in (1.0, 0.0, 16.0):
             backend.clamp_(TensorList(grads), -bound, bound)
     return launcher.same

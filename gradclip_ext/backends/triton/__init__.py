@@ -2,7 +2,7 @@
 
 The kernels find the tensors through a table in device memory. An operation takes one launch per dtype in the
 list, and a norm one more, whatever the length of the list. memory.py makes and keeps the tables, launch.py
-compiles and launches, kernels.py holds the kernels.
+compiles and launches, and the files named ``*kernels.py`` hold the kernels.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gradclip_ext.backends.base import TensorList
-from gradclip_ext.backends.foreach import ForeachBackend, SegmentsByForeach
+from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList
 from gradclip_ext.backends.triton.launch import (
     Call,
     CompileError,
@@ -28,14 +28,14 @@ from gradclip_ext.backends.triton.launch import (
     tile_of,
     tile_of_vectors,
 )
-from gradclip_ext.backends.triton.memory import Table, Workspace, prepared
-from gradclip_ext.norms import REPORT, Coefficient, Rule
+from gradclip_ext.backends.triton.memory import LONGEST_ROW, Table, Workspace, locked_workspace, prepared
+from gradclip_ext.backends.triton.units import UnitTable, units_as_bytes
+from gradclip_ext.norms import REPORT, AdaptiveRule, Coefficient, Rule, on_device
+from gradclip_ext.segments import select
 
 if TYPE_CHECKING:
     from gradclip_ext.backends.base import Backend
 
-# For what the Triton kernels do not do.
-_FOREACH = ForeachBackend()
 _OLDEST_CAPABILITY = (7, 0)
 
 # Vectors that a lane has in flight. With 8, norm_kernel takes 100 registers for half types, so that 4
@@ -46,9 +46,12 @@ _UPDATE_VECS = 4
 # finalize_kernel runs on one SM, where it needs many loads in flight.
 _FINALIZE_LANES = 512
 _FINALIZE_BLOCK = 4096
+# float64 numbers that norm_kernel and statistics_kernel write per chunk.
+_NORM_ROW = 2
+_STATISTICS_ROW = LONGEST_ROW
 
 
-class TritonBackend(SegmentsByForeach):
+class TritonBackend:
     """Triton kernels on CUDA and ROCm devices, and on CPU tensors in Triton's interpreter.
 
     A kernel is compiled when it is first needed, which takes about a second; Triton needs a C compiler for
@@ -72,30 +75,84 @@ class TritonBackend(SegmentsByForeach):
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        if not isinstance(rule.max_norm, float) or rule.zero_if_nonfinite:
+        if not isinstance(rule.max_norm, (float, Tensor)):
             norm, _ = self.norm(tensors, norm_type, REPORT, dtype)
             return norm, rule.clip_coef(norm)
         norm = torch.empty((), dtype=dtype, device=tensors.device)
-        clip_coef = None if rule.max_norm == math.inf else torch.empty_like(norm)
+        clip_coef = None if _only_reports(rule) else torch.empty_like(norm)
+        limit, bits = _limit_of(rule, tensors.device)
         try:
             with prepared(tensors) as (workspace, table):
-                self._launcher.enqueue(
-                    self._norm_calls(workspace, table, norm_type, norm, clip_coef, rule.max_norm)
-                )
+                calls = self._norm_calls(workspace, table, norm_type)
+                changing = norm, clip_coef, limit, bits
+                zero = rule.zero_if_nonfinite
+                calls.append(self._finalize_call(workspace, table, norm_type, changing, zero))
+                self._launcher.enqueue(calls)
         except CompileError as error:
             return self._fallback_for(error, tensors.device).norm(tensors, norm_type, rule, dtype)
         return norm, 1.0 if clip_coef is None else clip_coef
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
-        if may_zero or (isinstance(clip_coef, Tensor) and clip_coef.dim()):
-            return _FOREACH.scale_(tensors, clip_coef, may_zero)
         if not isinstance(clip_coef, Tensor):
             clip_coef = torch.full((), clip_coef, dtype=torch.float64, device=tensors.device)
         try:
             with prepared(tensors) as (workspace, table):
-                self._launcher.enqueue(self._scale_calls(workspace, table, clip_coef))
+                if may_zero or clip_coef.dim():
+                    coefs = _of_filled(clip_coef, tensors, table)
+                    self._launcher.enqueue(self._scale_each_calls(workspace, table, coefs))
+                else:
+                    self._launcher.enqueue(self._scale_calls(workspace, table, clip_coef))
         except CompileError as error:
-            self._fallback_for(error, tensors.device).scale_(tensors, clip_coef)
+            self._fallback_for(error, tensors.device).scale_(tensors, clip_coef, may_zero)
+
+    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
+        try:
+            with prepared(tensors) as (workspace, table):
+                norms = torch.empty(table.tensors, dtype=dtype, device=tensors.device)
+                coefs = None if _only_reports(rule) else torch.empty_like(norms)
+                limits, bits = _limit_of(rule, tensors.device)
+                stride = 0 if limits is None else limits.dim()
+                limits = None if limits is None else _of_filled(limits, tensors, table)
+                if table.tensors:
+                    calls = self._norm_calls(workspace, table, norm_type)
+                    changing = norms, coefs, limits, bits, stride
+                    zero = rule.zero_if_nonfinite
+                    calls.append(self._finalize_each_call(workspace, table, norm_type, changing, zero))
+                    if coefs is not None:
+                        calls += self._scale_each_calls(workspace, table, coefs)
+                    self._launcher.enqueue(calls)
+        except CompileError as error:
+            return self._fallback_for(error, tensors.device).clip_each_(tensors, norm_type, rule, dtype)
+        return _of_all(norms, tensors)
+
+    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
+        try:
+            with prepared(tensors) as (workspace, table):
+                count = table.tensors
+                packed = torch.empty(1 + 4 * count, dtype=torch.float64, device=tensors.device)
+                if count:
+                    self._launcher.enqueue(self._statistics_calls(workspace, table, norm_type, packed))
+                else:
+                    packed.zero_()
+        except CompileError as error:
+            return self._fallback_for(error, tensors.device).statistics(tensors, norm_type)
+        if count == len(tensors.tensors):
+            return packed
+        return torch.cat([packed[:1], _of_all(packed[1:].view(4, count), tensors).flatten()])
+
+    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
+        key = grads.columns(), weights.columns(), units_as_bytes(grads)
+        try:
+            with locked_workspace(grads.device) as workspace:
+                table = workspace.uploaded(key, lambda: UnitTable(*key))
+                self._launcher.enqueue(
+                    [
+                        *self._large_unit_calls(workspace, table, rule),
+                        *self._unit_calls(workspace, table, rule),
+                    ]
+                )
+        except CompileError as error:
+            self._fallback_for(error, grads.device).clip_adaptive_(grads, weights, rule)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         try:
@@ -106,35 +163,118 @@ class TritonBackend(SegmentsByForeach):
 
     # ------------------------------------------------------------ launches
 
-    def _norm_calls(
+    def _norm_calls(self, workspace: Workspace, table: Table, norm_type: float) -> list[Call]:
+        """Return the launches that write the partials of a norm."""
+        key = "norm", norm_type
+        if key not in table.launches:
+            shape = _shape_of_sums(ORDER=_order_of(norm_type))
+            table.launches[key] = self._launcher.over_groups(
+                "norm_kernel", (table.partials, bits_of(norm_type)), shape, workspace, table
+            )
+        return [(launch, ()) for launch in table.launches[key]]
+
+    def _finalize_call(
         self,
         workspace: Workspace,
         table: Table,
         norm_type: float,
-        norm: Tensor,
-        clip_coef: Tensor | None,
-        max_norm: float,
-    ) -> list[Call]:
-        """Return the launches that write the norm and, unless ``clip_coef`` is None, the coefficient."""
-        key = "norm", norm_type, norm.dtype, clip_coef is None
+        changing: tuple[Any, ...],
+        zero: bool = False,
+        row: int = _NORM_ROW,
+    ) -> Call:
+        """Return the launch that writes the norm of all tensors and its coefficient."""
+        key = "finalize", norm_type, zero, row, *map(_dtype_of, changing)
         if key not in table.launches:
-            order = norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
-            partials, p = workspace.partials(table.chunks), bits_of(norm_type)
+            arguments = table.partials, bits_of(norm_type), table.chunks
+            constants = {"ORDER": _order_of(norm_type), "ZERO": zero, "ROW": row}
+            table.launches[key] = [self._final_launch("finalize_kernel", 1, arguments, constants, workspace)]
+        return table.launches[key][0], changing
 
-            def shape(vec: int) -> dict[str, Any]:
-                return {"ORDER": order, **tile_of(_NORM_VECS, vec)}
+    def _finalize_each_call(
+        self, workspace: Workspace, table: Table, norm_type: float, changing: tuple[Any, ...], zero: bool
+    ) -> Call:
+        """Return the launch that writes the norm of each tensor and its coefficient."""
+        key = "finalize_each", norm_type, zero, *map(_dtype_of, changing)
+        if key not in table.launches:
+            arguments = table.on_device, table.partials, table.positions, bits_of(norm_type)
+            constants = {"ORDER": _order_of(norm_type), "ZERO": zero, "ROW": _NORM_ROW}
+            table.launches[key] = [
+                self._final_launch("finalize_each_kernel", table.tensors, arguments, constants, workspace)
+            ]
+        return table.launches[key][0], changing
 
-            launches = self._launcher.over_groups("norm_kernel", (partials, p), shape, workspace, table)
-            finalize = Launch(
-                self._launcher.kernels.finalize_kernel,
-                1,
-                (partials, p, table.chunks),
-                {"ORDER": order, "BLOCK": _FINALIZE_BLOCK},
-                options(_FINALIZE_LANES, workspace),
-            )
-            table.launches[key] = [*launches, finalize]
+    def _statistics_calls(
+        self, workspace: Workspace, table: Table, norm_type: float, packed: Tensor
+    ) -> list[Call]:
+        """Return the launches that write the statistics of a list, as :meth:`Backend.statistics` has them."""
+        key = "statistics", norm_type
+        if key not in table.launches:
+            order, p = _order_of(norm_type), bits_of(norm_type)
+            shape = _shape_of_sums(ORDER=order, ROW=_STATISTICS_ROW)
+            arguments = table.on_device, table.partials, table.positions, p, table.tensors
+            constants = {"ORDER": order, "ROW": _STATISTICS_ROW}
+            table.launches[key] = [
+                *self._launcher.over_groups(
+                    "statistics_kernel", (table.partials, p), shape, workspace, table
+                ),
+                self._final_launch(
+                    "finalize_statistics_kernel", table.tensors, arguments, constants, workspace
+                ),
+            ]
         *launches, finalize = table.launches[key]
-        return [*((launch, ()) for launch in launches), (finalize, (norm, clip_coef, bits_of(max_norm)))]
+        total = packed, None, None, 0  # the norm is the first number
+        return [
+            *((launch, ()) for launch in launches),
+            (finalize, (packed,)),
+            self._finalize_call(workspace, table, norm_type, total, row=_STATISTICS_ROW),
+        ]
+
+    def _final_launch(
+        self,
+        kernel: str,
+        programs: int,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        workspace: Workspace,
+    ) -> Launch:
+        return Launch(
+            getattr(self._launcher.kernels, kernel),
+            programs,
+            arguments,
+            {**constants, "BLOCK": _FINALIZE_BLOCK},
+            options(_FINALIZE_LANES, workspace),
+        )
+
+    def _scale_each_calls(self, workspace: Workspace, table: Table, coefs: Tensor) -> list[Call]:
+        key = "scale_each", coefs.dtype
+        if key not in table.launches:
+            table.launches[key] = self._launcher.over_groups(
+                "scale_each_kernel", (table.positions,), _tile_in_place, workspace, table
+            )
+        return [(launch, (coefs, coefs.dim())) for launch in table.launches[key]]
+
+    def _unit_calls(self, workspace: Workspace, table: UnitTable, rule: AdaptiveRule) -> list[Call]:
+        """Return the launches that clip all units but the large ones."""
+        key = "units", rule.norm_type
+        if key not in table.launches:
+            order, p = _order_of(rule.norm_type), bits_of(rule.norm_type)
+            table.launches[key] = self._launcher.over_units(order, p, workspace, table)
+        numbers = bits_of(rule.clip_factor), bits_of(rule.eps)
+        return [(launch, numbers) for launch in table.launches[key]]
+
+    def _large_unit_calls(self, workspace: Workspace, table: UnitTable, rule: AdaptiveRule) -> list[Call]:
+        """Compute the norms of the large units, and return the launches that scale them."""
+        if table.large is None:
+            return []
+        tables = [workspace.table(columns) for columns in table.large]
+        norms = torch.empty(2, tables[0].tensors, dtype=torch.float64, device=workspace.device)
+        calls = []
+        for of_units, out in zip(tables, norms.unbind()):
+            calls += self._norm_calls(workspace, of_units, rule.norm_type)
+            changing = out, None, None, 0, 0
+            calls.append(self._finalize_each_call(workspace, of_units, rule.norm_type, changing, zero=False))
+        self._launcher.enqueue(calls)
+        return self._scale_each_calls(workspace, tables[0], rule.clip_coef(*norms.unbind()))
 
     def _scale_calls(self, workspace: Workspace, table: Table, clip_coef: Tensor) -> list[Call]:
         key = "scale", clip_coef.dtype
@@ -208,3 +348,44 @@ class TritonBackend(SegmentsByForeach):
 
 def _tile_in_place(vec: int) -> dict[str, Any]:
     return tile_of_vectors(_UPDATE_VECS, vec)
+
+
+def _shape_of_sums(**constants: Any) -> Callable[[int], dict[str, Any]]:
+    return lambda vec: {**constants, **tile_of(_NORM_VECS, vec)}
+
+
+def _order_of(norm_type: float) -> float:
+    return norm_type if norm_type in (1.0, 2.0, math.inf) else 0.0
+
+
+def _dtype_of(value: Any) -> Any:
+    return getattr(value, "dtype", type(value))
+
+
+def _only_reports(rule: Rule) -> bool:
+    return isinstance(rule.max_norm, float) and rule.max_norm == math.inf and not rule.zero_if_nonfinite
+
+
+def _limit_of(rule: Rule, device: torch.device) -> tuple[Tensor | None, int]:
+    """Return the limit as kernels take it: a tensor of one of their dtypes, or a number's bits."""
+    limit = rule.max_norm
+    if isinstance(limit, float):
+        return None, bits_of(limit)
+    assert isinstance(limit, Tensor)
+    limit = on_device(limit, device)
+    return (limit if limit.dtype in KERNEL_DTYPES else limit.double()).contiguous(), 0
+
+
+def _of_filled(values: Tensor, tensors: TensorList, table: Table) -> Tensor:
+    """Return the values of the tensors that have elements; a table has no others."""
+    if not values.dim() or table.tensors == len(tensors.tensors):
+        return values.contiguous()
+    return select(values, [i for i, t in enumerate(tensors.tensors) if t.numel() > 0])
+
+
+def _of_all(values: Tensor, tensors: TensorList) -> Tensor:
+    """Return values [..., T] for all tensors: those of the tensors with elements, and 0 for the others."""
+    if values.shape[-1] == len(tensors.tensors):
+        return values
+    indices = iter(range(values.shape[-1]))
+    return select(values, [next(indices) if t.numel() > 0 else None for t in tensors.tensors])

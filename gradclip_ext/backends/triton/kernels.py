@@ -18,7 +18,7 @@ are None, not on values or addresses: it is looked up once and used for all such
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM102, SIM108, SIM300
+# ruff: noqa: SIM300
 # (inside @triton.jit, names and branches are Triton's, and so are the long lists of constants)
 
 from __future__ import annotations
@@ -124,18 +124,6 @@ def _power(x, p, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _pth_root(x, p, ORDER: tl.constexpr):
-    """Return x^(1/p) for float64 x >= 0."""
-    if ORDER == 2.0:
-        result = tl.sqrt(x)
-    elif ORDER == 1.0:
-        result = x
-    else:
-        result = tl.exp2(tl.log2(x) / p)
-    return result
-
-
-@triton.jit
 def _max_magnitude(address, length, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the largest magnitude of a chunk as float64, NaN if an element is NaN.
 
@@ -230,66 +218,6 @@ def norm_kernel(
         tl.store(partials_ptr + 2 * chunk + 1, total)
 
 
-@triton.jit
-def _coefficient(norm, max_norm):
-    """Return min(1, max_norm / (norm + 1e-6)) with torch's operations in their order, reciprocal first."""
-    FLOAT: tl.constexpr = norm.dtype
-    shifted = norm + tl.full((), 1e-6, FLOAT)
-    if FLOAT == tl.float32:
-        reciprocal = tl.div_rn(tl.full((), 1.0, FLOAT), shifted)  # "/" is approximate
-    else:
-        reciprocal = 1.0 / shifted
-    clip_coef = reciprocal * max_norm.to(FLOAT)
-    return tl.where(clip_coef > 1.0, tl.full((), 1.0, FLOAT), clip_coef)  # NaN stays NaN
-
-
-@triton.jit(do_not_specialize=["norm_ptr", "clip_coef_ptr", "max_norm_bits", "p_bits", "chunks"])
-def finalize_kernel(
-    norm_ptr,
-    clip_coef_ptr,
-    max_norm_bits: tl.int64,
-    partials_ptr,
-    p_bits: tl.int64,
-    chunks,
-    ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the norm, and the coefficient if there is a pointer for it, each in its pointer's dtype.
-
-    Runs as one program. The order of the sum depends on the number of partials alone.
-
-    Takes one pass over the partials if ``scale`` is 1, or 0 for a chunk of zeros, in all of them; otherwise
-    two. It reads 1/4096 of the bytes that norm_kernel reads, but on one SM.
-    """
-    p = _float64(p_bits)
-    lanes = tl.arange(0, BLOCK)
-    bits = tl.zeros((BLOCK,), tl.int64)
-    scaled = tl.zeros((BLOCK,), tl.int32)
-    sums = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, chunks, BLOCK):
-        mask = start + lanes < chunks
-        scale = tl.load(partials_ptr + 2 * (start + lanes), mask=mask, other=0.0)
-        total = tl.load(partials_ptr + 2 * (start + lanes) + 1, mask=mask, other=0.0)
-        bits = tl.maximum(bits, scale.to(tl.int64, bitcast=True))
-        scaled = tl.maximum(scaled, ((scale != 0.0) & (scale != 1.0)).to(tl.int32))
-        sums += tl.where(scale == 1.0, total, 0.0)
-    norm = tl.max(bits, axis=0).to(tl.float64, bitcast=True)
-    if ORDER != INF:
-        if (norm > 0.0) & (norm < INF):
-            if tl.max(scaled, axis=0) > 0:
-                sums = tl.zeros((BLOCK,), tl.float64)
-                for start in range(0, chunks, BLOCK):
-                    mask = start + lanes < chunks
-                    scale = tl.load(partials_ptr + 2 * (start + lanes), mask=mask, other=0.0)
-                    total = tl.load(partials_ptr + 2 * (start + lanes) + 1, mask=mask, other=0.0)
-                    sums += total * _power(scale / norm, p, ORDER)
-            norm *= _pth_root(tl.sum(sums, axis=0), p, ORDER)
-    total_norm = norm.to(norm_ptr.dtype.element_ty)
-    tl.store(norm_ptr, total_norm)
-    if clip_coef_ptr is not None:
-        tl.store(clip_coef_ptr, _coefficient(total_norm, _float64(max_norm_bits)))
-
-
 # ---------------------------------------------------------------- scale and clamp
 
 
@@ -309,10 +237,37 @@ def _load_ahead(ptrs):
 
 
 @triton.jit
-def _product(x, clip_coef):
-    """Return x * clip_coef, computed in float32 (float64 for float64) and rounded once."""
+def _product(x, clip_coef, MAY_ZERO: tl.constexpr):
+    """Return x * clip_coef, computed in float32 (float64 for float64) and rounded once.
+
+    If ``MAY_ZERO``, a negative coefficient is ZERO of norms.py: the result is +0.0, whatever x is.
+    """
     FLOAT: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
-    return (x.to(FLOAT) * clip_coef.to(FLOAT)).to(x.dtype)
+    product = x.to(FLOAT) * clip_coef.to(FLOAT)
+    if MAY_ZERO:
+        product = tl.where(clip_coef < 0.0, tl.full((), 0.0, FLOAT), product)
+    return product.to(x.dtype)
+
+
+@triton.jit
+def _scale_chunk(
+    address,
+    length,
+    clip_coef,
+    MAY_ZERO: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiply a chunk by the coefficient."""
+    whole = _whole_tiles(address, length, ROWS * COLS)
+    for start in range(0, whole, ROWS * COLS):
+        ptrs = _vector_ptrs(address, start, DTYPE, ROWS, COLS)
+        tl.store(ptrs, _product(_load_ahead(ptrs), clip_coef, MAY_ZERO))
+    for start in range(whole, length, BLOCK):
+        ptrs, mask = _element_ptrs(address, start, length, DTYPE, BLOCK)
+        tl.store(ptrs, _product(tl.load(ptrs, mask=mask), clip_coef, MAY_ZERO), mask=mask)
 
 
 @triton.jit(do_not_specialize=["clip_coef_ptr", "first", "last"])
@@ -340,13 +295,7 @@ def scale_kernel(
         if chunk < tl.load(table_ptr + 3 * tensor + 2):
             tensor -= 1
         address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
-        whole = _whole_tiles(address, length, ROWS * COLS)
-        for start in range(0, whole, ROWS * COLS):
-            ptrs = _vector_ptrs(address, start, DTYPE, ROWS, COLS)
-            tl.store(ptrs, _product(_load_ahead(ptrs), clip_coef))
-        for start in range(whole, length, BLOCK):
-            ptrs, mask = _element_ptrs(address, start, length, DTYPE, BLOCK)
-            tl.store(ptrs, _product(tl.load(ptrs, mask=mask), clip_coef), mask=mask)
+        _scale_chunk(address, length, clip_coef, False, DTYPE, ROWS, COLS, BLOCK)
 
 
 @triton.jit

@@ -7,16 +7,20 @@ import functools
 import importlib
 import struct
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradclip_ext.backends.triton.memory import CHUNK_BYTES, Table, Workspace
+from gradclip_ext.backends.triton.units import UnitTable
 
 _OLDEST_TRITON = (3, 2)  # torch 2.6 comes with it
 # From this version on, a compiled kernel is launched with its constants, too, which it ignores.
 _LAUNCHER_TAKES_CONSTANTS = (3, 3)
+
+_KERNEL_MODULES = ("kernels", "finalize_kernels", "segment_kernels", "adaptive_kernels")
 
 _LANES = 128
 _VEC_BYTES = 16
@@ -47,10 +51,10 @@ Call = tuple[Launch, tuple[Any, ...]]
 
 
 class Launcher:
-    """Triton and the kernels of kernels.py, once they are loaded.
+    """Triton and the kernels, once they are loaded.
 
-    ``kernels`` is the module kernels.py. ``is_interpreted`` is True if TRITON_INTERPRET was set when it was
-    imported.
+    ``kernels`` has the kernels of all modules, and ``tl``, triton.language. ``is_interpreted`` is True if
+    TRITON_INTERPRET was set when they were imported.
     """
 
     def __init__(self) -> None:
@@ -67,7 +71,11 @@ class Launcher:
             oldest = ".".join(map(str, _OLDEST_TRITON))
             return f"Triton {triton.__version__} is too old: {oldest} or later is needed"
         self._takes_constants = version >= _LAUNCHER_TAKES_CONSTANTS
-        self.kernels = importlib.import_module("gradclip_ext.backends.triton.kernels")
+        self.kernels = SimpleNamespace()
+        for module in _KERNEL_MODULES:
+            names = vars(importlib.import_module(f"gradclip_ext.backends.triton.{module}"))
+            found = {name: names[name] for name in names if name == "tl" or name.endswith("_kernel")}
+            vars(self.kernels).update(found)
         self.is_interpreted = not isinstance(self.kernels.norm_kernel, triton.JITFunction)
         return None
 
@@ -91,7 +99,7 @@ class Launcher:
                 min(group.chunks, workspace.programs),
                 (table.on_device, *arguments, group.first, group.last),
                 {
-                    "DTYPE": getattr(self.kernels.tl, str(group.dtype).removeprefix("torch.")),
+                    "DTYPE": self._dtype(group.dtype),
                     **shape_for(_VEC_BYTES // itemsize),
                     "CHUNK": CHUNK_BYTES // itemsize,
                     "CHUNK_BYTES": CHUNK_BYTES,
@@ -100,6 +108,27 @@ class Launcher:
             )
             launches.append(launch)
         return launches
+
+    def over_units(self, order: float, p: int, workspace: Workspace, table: UnitTable) -> list[Launch]:
+        """Return one launch of adaptive_kernel for each group of tensors with similar units."""
+        return [
+            Launch(
+                self.kernels.adaptive_kernel,
+                min(group.runs, workspace.programs),
+                (table.on_device, table.weights, p, group.first, group.last),
+                {
+                    "DTYPE": self._dtype(group.dtype),
+                    "WEIGHT": self._dtype(group.weight_dtype),
+                    "ORDER": order,
+                    **group.tile,
+                },
+                options(_LANES, workspace),
+            )
+            for group in table.groups
+        ]
+
+    def _dtype(self, dtype: torch.dtype) -> Any:
+        return getattr(self.kernels.tl, str(dtype).removeprefix("torch."))
 
     def enqueue(self, calls: Sequence[Call]) -> None:
         """Compile and load everything new, then launch: if that fails, no gradient has changed."""
@@ -118,7 +147,7 @@ class Launcher:
         what = f"{kernel.__name__} for {named}"
         # All that a binary depends on. Addresses are not: an allocator aligns them, or Triton ignores them.
         device = next(a.device for a in arguments if isinstance(a, Tensor))
-        dtypes = [a.dtype for a in changing if isinstance(a, Tensor)]
+        dtypes = [getattr(a, "dtype", type(a)) for a in changing]
         key = (kernel.__name__, device, *dtypes, *launch.constants.values())
         try:
             if key not in self._binaries:

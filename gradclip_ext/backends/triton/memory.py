@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList
 
 CHUNK_BYTES = 65536
+# float64 numbers per chunk that fit into the memory for partials.
+LONGEST_ROW = 5
 
 # Programs of a launch. On the CPU, where they are interpreted one after the other, a few are enough to test
 # that each finds its chunks.
 _PROGRAMS_PER_SM = 8
 _INTERPRETED_PROGRAMS = 3
-# Tables that a workspace keeps, of 24 bytes per tensor: a GAN has two lists, and addresses may alternate.
+# Tables that a workspace keeps, of 32 bytes per tensor: a GAN has two lists, and addresses may alternate.
 _MAX_TABLES = 8
 _BLOCK_NUMEL = 1 << 17
 # Page-locked memory is allocated ahead for so many captured calls; a step has two or three with one list.
@@ -38,37 +40,53 @@ class Group(NamedTuple):
 class Table:
     """The addresses and sizes of a list of tensors, as the kernels read them. Keeps no tensor alive.
 
-    ``rows``, with its copy ``on_device``, is the table that kernels.py describes. In ``launches`` the backend
-    keeps its launches on this table.
+    ``rows``, with its copy ``on_device``, is the table that kernels.py describes. After it come the positions
+    of its tensors in the list, whose empty tensors do not count; ``positions`` is that part on the device.
+    ``partials`` is memory for LONGEST_ROW numbers per chunk, which the next operation on the stream
+    overwrites. In ``launches`` the backend keeps its launches on this table.
     """
 
     on_device: Tensor
+    partials: Tensor
 
     def __init__(self, columns: bytes) -> None:
-        integers = 16 * (len(columns) // 17)  # two columns of 8 bytes, one of 1
-        both, codes = array("q", columns[:integers]), columns[integers:]
-        addresses, numels = both[: len(codes)], both[len(codes) :]
+        addresses, numels, codes = read_columns(columns)
         self.groups: list[Group] = []
         self.rows = array("q")
         self.chunks = 0
         self.launches: dict[tuple[Any, ...], list[Any]] = {}
+        self.tensors = len(codes)
+        positions = array("q")
         for code in dict.fromkeys(codes):
             dtype = KERNEL_DTYPES[code]
             chunk = CHUNK_BYTES // dtype.itemsize
             first, before = len(self.rows) // 3, self.chunks
-            for address, numel, dtype_code in zip(addresses, numels, codes):
+            for position, (address, numel, dtype_code) in enumerate(zip(addresses, numels, codes)):
                 if dtype_code == code:
+                    positions.append(position)
                     self.rows.extend((address, numel, self.chunks))
                     self.chunks += -(-numel // chunk)
             self.groups.append(Group(dtype, first, len(self.rows) // 3, self.chunks - before))
         self.rows.extend((0, 0, self.chunks))
+        self.rows.extend(positions)
+
+    @property
+    def positions(self) -> Tensor:
+        return self.on_device[3 * self.tensors + 3 :]
+
+
+def read_columns(columns: bytes) -> tuple[array[int], array[int], bytes]:
+    """Return addresses, numbers of elements and codes of dtypes from what TensorList.columns returns."""
+    integers = 16 * (len(columns) // 17)  # two columns of 8 bytes, one of 1
+    both, codes = array("q", columns[:integers]), columns[integers:]
+    return both[: len(codes)], both[len(codes) :], codes
 
 
 class _PinnedMemory:
     """Page-locked memory for the tables of captured graphs.
 
     A graph copies its table from there at every replay, and nothing tells when the graph is destroyed. So
-    the memory is neither reused nor freed: 24 bytes per tensor and capture. It is allocated ahead of time,
+    the memory is neither reused nor freed: 32 bytes per tensor and capture. It is allocated ahead of time,
     because not every torch can allocate page-locked memory during a capture.
     """
 
@@ -120,19 +138,31 @@ class Workspace:
             self.warp_size = properties.warp_size  # 64 on ROCm's data centre devices
         self.lock = threading.Lock()
         self._captured = captured
-        self._tables: list[tuple[bytes, Table]] = []
+        self._tables: list[tuple[Any, Any]] = []
         self._partials = torch.empty(0, dtype=torch.float64, device=device)
 
-    def table(self, tensors: TensorList) -> Table:
-        """Return the table of these tensors, uploaded if it is new."""
-        # The columns themselves are compared, not a hash of them: with the table of another list, a kernel
-        # would write to memory that is not a gradient.
-        columns = tensors.columns()
-        index = next((i for i, (known, _) in enumerate(self._tables) if known == columns), None)
-        if index is None:
+    def table(self, columns: bytes) -> Table:
+        """Return the table of the tensors with these columns."""
+
+        def make() -> Table:
             table = Table(columns)
+            table.partials = self._partials_for(table.chunks)
+            return table
+
+        found: Table = self.uploaded(columns, make)
+        return found
+
+    def uploaded(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return a table, made and uploaded if its key is new.
+
+        The key is all that the table is made of, not a hash of it: with the table of another list, a kernel
+        would write to memory that is not a gradient.
+        """
+        index = next((i for i, (known, _) in enumerate(self._tables) if known == key), None)
+        if index is None:
+            table = make()
             table.on_device = self._upload(table.rows)
-            self._tables = [(columns, table), *self._tables[: _MAX_TABLES - 1]]
+            self._tables = [(key, table), *self._tables[: _MAX_TABLES - 1]]
         else:
             self._tables.insert(0, self._tables.pop(index))
             table = self._tables[0][1]
@@ -147,10 +177,9 @@ class Workspace:
         pinned = _pinned_memory.take(len(rows)).copy_(source) if self._captured else source.pin_memory()
         return pinned.to(self.device, non_blocking=True)
 
-    def partials(self, chunks: int) -> Tensor:
-        """Return memory for the partials of a norm; the next norm on the stream overwrites it."""
-        if self._partials.numel() < 2 * chunks:
-            self._partials = torch.empty(2 * chunks, dtype=torch.float64, device=self.device)
+    def _partials_for(self, chunks: int) -> Tensor:
+        if self._partials.numel() < LONGEST_ROW * chunks:
+            self._partials = torch.empty(LONGEST_ROW * chunks, dtype=torch.float64, device=self.device)
         return self._partials
 
 
@@ -165,15 +194,30 @@ def prepared(tensors: TensorList) -> Iterator[tuple[Workspace, Table]]:
 
     The two operations of one call use the same table, so that a captured call uploads it once.
     """
-    device = tensors.device
-    on_gpu = device.type != "cpu"
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+    with _current(tensors.device) as on_gpu:
         if tensors.prepared is None:
-            workspace = _workspace(device, on_gpu)
+            workspace = _workspace(tensors.device, on_gpu)
             with workspace.lock:
-                tensors.prepared = workspace, workspace.table(tensors)
+                tensors.prepared = workspace, workspace.table(tensors.columns())
         with tensors.prepared[0].lock:
             yield tensors.prepared
+
+
+@contextlib.contextmanager
+def locked_workspace(device: torch.device) -> Iterator[Workspace]:
+    """Make a device current, and yield the workspace of its current stream for this thread alone."""
+    with _current(device) as on_gpu:
+        workspace = _workspace(device, on_gpu)
+        with workspace.lock:
+            yield workspace
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[bool]:
+    """Make a device current, and yield whether it is a GPU."""
+    on_gpu = device.type != "cpu"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        yield on_gpu
 
 
 def _workspace(device: torch.device, on_gpu: bool) -> Workspace:
