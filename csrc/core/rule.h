@@ -28,8 +28,8 @@ struct Rule {
   }
 };
 
-/// The coefficient for a limit that nobody has checked: below 0 it acts as 0, and NaN as a NaN norm.
-/// It is kZero where the norm or the coefficient is not finite, if `zero_if_nonfinite`.
+/// The coefficient for a limit that nobody has checked: below 0 it acts as 0, and NaN as a NaN
+/// norm. It is kZero where the norm or the coefficient is not finite, if `zero_if_nonfinite`.
 template <typename T>
 GRADCLIP_HOST_DEVICE T clip_coef(T total_norm, double max_norm, bool zero_if_nonfinite) {
   const T coef = max_norm != max_norm ? static_cast<T>(max_norm)

@@ -4,32 +4,18 @@
 
 #include <type_traits>
 
+#include "adaptive_units.h"
 #include "norm_float64.cuh"
 #include "scale.cuh"
 
 namespace gradclip::cuda {
 
-// A unit of so many bytes is clipped by one warp, in at most 4 tiles; a larger one by a block.
-// Larger units than kMaxUnitBytes are treated as tensors, whose chunks are divided among all
-// blocks.
-constexpr int64_t kWarpUnitBytes = 4 * kTileBytes;
-constexpr int64_t kMaxUnitBytes = 4 * kChunkBytes;
+static_assert(kUnitsPerItem == kWarps, "each warp of a block clips one");
+static_assert(kWarpUnitBytes == 4 * kTileBytes, "so a lane reads 4 times");
 
-/// The tensors of one launch, passed by value; 42 bytes per tensor. An item is the work of a block:
-/// one unit or, where a warp clips one, kWarps units.
-struct UnitTable {
-  static constexpr int kCapacity = (kSmallLaunchBytes - kOtherParameterBytes - 16) / 42;
-  void* grads[kCapacity];
-  void* weights[kCapacity];
-  int64_t units[kCapacity];
-  int64_t item_prefix[kCapacity + 1];
-  int32_t unit_numel[kCapacity];
-  int32_t tensors;
-  bool is_by_warp[kCapacity];
-  DType grad_dtypes[kCapacity];
-  DType weight_dtypes[kCapacity];
-};
-static_assert(sizeof(UnitTable) + kOtherParameterBytes <= kSmallLaunchBytes);
+// Blocks per multiprocessor: with 4, as other kernels have, what lives across two norms would
+// spill.
+constexpr int kAdaptiveBlocks = 3;
 
 /// Returns the result to every thread. `shared` as in block_reduce.
 template <typename Norm>
@@ -80,9 +66,8 @@ __device__ inline double unit_norm(ScaledSum of_warp, bool is_by_warp, double p,
 
 /// Contract: kThreads threads, any grid, any dtypes; units of at most kMaxUnitBytes. Writes a unit
 /// only if its coefficient is not 1. No result depends on the grid.
-__global__ __launch_bounds__(kThreads,
-                             4) void adaptive_kernel(const __grid_constant__ UnitTable table,
-                                                     const AdaptiveRule rule) {
+__global__ __launch_bounds__(kThreads, kAdaptiveBlocks) void adaptive_kernel(
+    const __grid_constant__ UnitTable table, const AdaptiveRule rule) {
   __shared__ double shared[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t items = table.item_prefix[table.tensors], blocks = gridDim.x;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "adaptive.cuh"
+#include "adaptive_units.h"
 #include "clamp.cuh"
 #include "launch.h"
 #include "norm.cuh"
@@ -230,37 +231,7 @@ cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutp
 
 // ---------------------------------------------------------------- adaptive clipping
 
-int64_t unit_bytes(const AdaptiveLists& lists, int64_t tensor) {
-  const Span &grad = lists.grads[tensor], &weight = lists.weights[tensor];
-  return grad.numel / lists.units[tensor] *
-         std::max(item_size(grad.dtype), item_size(weight.dtype));
-}
-
-/// The units that are too large for one block, as tensors.
-struct LargeUnits {
-  TensorList grads{kChunkBytes}, weights{kChunkBytes};
-
-  explicit LargeUnits(const AdaptiveLists& lists) {
-    for (int64_t tensor = 0; tensor < lists.grads.size(); ++tensor) {
-      if (unit_bytes(lists, tensor) <= kMaxUnitBytes) continue;
-      const int64_t numel = lists.grads[tensor].numel / lists.units[tensor];
-      for (int64_t unit = 0; unit < lists.units[tensor]; ++unit) {
-        add(grads, lists.grads[tensor], unit, numel);
-        add(weights, lists.weights[tensor], unit, numel);
-      }
-    }
-  }
-
-  int64_t partials() const { return std::max(grads.chunks(), weights.chunks()); }
-
- private:
-  static void add(TensorList& list, const Span& span, int64_t unit, int64_t numel) {
-    list.add(static_cast<char*>(span.data) + unit * numel * item_size(span.dtype), numel,
-             span.dtype);
-  }
-};
-
-/// Clips them by the norms of all of them. `scratch` holds two norms and a coefficient of each
+/// Clips each by its norm and its weight's. `scratch` holds two norms and a coefficient of each
 /// unit, and then the partials of each chunk.
 cudaError_t clip_large_units(const LargeUnits& units, const AdaptiveRule& rule, void* scratch,
                              cudaStream_t stream, bool is_pool_stream) {
@@ -285,22 +256,6 @@ cudaError_t clip_large_units(const LargeUnits& units, const AdaptiveRule& rule, 
   error = enqueue_tensors(units.grads, rule.p, out, stream);
   if (error != cudaSuccess) return error;
   return launch_scale(units.grads, {coefs, 1, true}, stream);
-}
-
-/// Enters a tensor whose units are not too large.
-void add(UnitTable& table, const AdaptiveLists& lists, int64_t tensor) {
-  const Span &grad = lists.grads[tensor], &weight = lists.weights[tensor];
-  const int64_t units = lists.units[tensor];
-  const int t = table.tensors++;
-  table.grads[t] = grad.data;
-  table.weights[t] = weight.data;
-  table.grad_dtypes[t] = grad.dtype;
-  table.weight_dtypes[t] = weight.dtype;
-  table.units[t] = units;
-  table.unit_numel[t] = static_cast<int32_t>(grad.numel / units);
-  table.is_by_warp[t] = unit_bytes(lists, tensor) <= kWarpUnitBytes;
-  const int64_t items = table.is_by_warp[t] ? (units - 1) / kWarps + 1 : units;
-  table.item_prefix[t + 1] = table.item_prefix[t] + items;
 }
 
 }  // namespace
@@ -376,7 +331,7 @@ cudaError_t launch_clip_adaptive(const AdaptiveLists& lists, const AdaptiveRule&
     if (unit_bytes(lists, tensor) <= kMaxUnitBytes) add(table, lists, tensor);
     const bool is_last = tensor == lists.grads.size() - 1;
     if (table.tensors == 0 || (table.tensors < UnitTable::kCapacity && !is_last)) continue;
-    const int64_t resident = int64_t{kBlocksPerMultiprocessor} * device.multiprocessors;
+    const int64_t resident = int64_t{kAdaptiveBlocks} * device.multiprocessors;
     const auto blocks = static_cast<unsigned>(std::min(table.item_prefix[table.tensors], resident));
     error = enqueue(adaptive_kernel, blocks, false, stream, table, rule);
     table.tensors = 0;

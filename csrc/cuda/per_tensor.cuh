@@ -71,10 +71,10 @@ __device__ inline void write_tensor(const TensorOutput& out, int64_t tensor, dou
   write_tensor_norm(out, tensor, norm);
   if (out.statistics == nullptr) return;
   double* row = out.statistics + 1 + tensor;
-  for (const double value : {norm, found.largest, found.zeros, found.nonfinite}) {
-    *row = value;
-    row += out.tensors;
-  }
+  row[0] = norm;
+  row[out.tensors] = found.largest;
+  row[2 * out.tensors] = found.zeros;
+  row[3 * out.tensors] = found.nonfinite;
 }
 
 __device__ inline void add(NormPartial&, NormPartial) {}

@@ -18,25 +18,23 @@ __device__ __noinline__ void warp_counts(const T* x, int length, WarpTiles tiles
       warp_count(x, length, tiles, lane, [](T item) { return is_nonfinite(to_double(item)); });
 }
 
-/// As finalize_tensors; the order is that of norm_of_partials().
+/// Completes the launch's tensors of several chunks, one after the other: with powers, eight sums
+/// for a lane, as in finalize_tensors, do not fit the registers.
 template <typename Table>
 __device__ __noinline__ void finalize_tensors_float64(const Table& table, const TensorOutput& out,
                                                       double p) {
-  const int lane = threadIdx.x % kWarp;
-  for (int t = threadIdx.x / kWarp; t < table.tensors; t += kWarps) {
+  for (int t = 0; t < table.tensors; ++t) {
     const int begin = table.chunk_prefix[t], count = table.chunk_prefix[t + 1] - begin;
     if (count == 1) continue;
     const auto* partials =
         static_cast<const StatisticsPartial*>(out.partials) + table.first_chunk + begin;
-    StatisticsPartial total = {};
-    add_all(total, partials, count, lane);
-    if (can_divide_by(total.largest)) {
-      total.sum = warp_combine<L1>(count, lane, [&](int i) {
-        return rescaled(__ldcg(&partials[i].sum), __ldcg(&partials[i].largest), total.largest, p);
-      });
+    const double norm = norm_of_partials(partials, count, p);
+    if (threadIdx.x < kWarp) {
+      StatisticsPartial total = {};
+      add_all(total, partials, count, threadIdx.x);
+      if (threadIdx.x == 0) write_tensor(out, table.first_tensor + t, norm, total);
     }
-    const double norm = norm_of(total.largest, total.sum, p);
-    if (lane == 0) write_tensor(out, table.first_tensor + t, norm, total);
+    __syncthreads();  // before norm_of_partials uses its shared memory again
   }
 }
 

@@ -157,9 +157,7 @@ class CudaBackend:
         native = tensors.native()
         if not native.has_elements:
             return torch.zeros(len(tensors.tensors), dtype=dtype, device=tensors.device)
-        norms = torch.empty(
-            len(tensors.tensors) - len(native.empty), dtype=dtype, device=tensors.device
-        )
+        norms = torch.empty(len(tensors.tensors) - len(native.empty), dtype=dtype, device=tensors.device)
         coefs = None if rule.is_plain and rule.max_norm == math.inf else torch.empty_like(norms)
         self._enqueue_tensors(tensors, norm_type, rule, norms, coefs, None)
         if coefs is not None:
@@ -171,9 +169,7 @@ class CudaBackend:
         native, size = tensors.native(), len(tensors.tensors)
         if not native.has_elements:
             return torch.zeros(1 + 4 * size, dtype=torch.float64, device=tensors.device)
-        packed = torch.empty(
-            1 + 4 * (size - len(native.empty)), dtype=torch.float64, device=tensors.device
-        )
+        packed = torch.empty(1 + 4 * (size - len(native.empty)), dtype=torch.float64, device=tensors.device)
         self._enqueue_tensors(tensors, norm_type, REPORT, None, None, packed)
         if not native.empty:
             return packed
@@ -233,6 +229,7 @@ def _limits(rule: Rule, tensors: TensorList) -> _Limits:
     """Return a rule's limits as the kernels take them, if no function makes them."""
     if isinstance(rule.max_norm, float):
         return _Limits((rule.max_norm, 0, False, 0, rule.zero_if_nonfinite), None)
+    assert isinstance(rule.max_norm, Tensor)
     values = on_device(rule.max_norm, tensors.device)
     if values.dtype not in (torch.float32, torch.float64):
         values = values.to(torch.float64)

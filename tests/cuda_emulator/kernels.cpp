@@ -90,9 +90,9 @@ void emulated_scale(int64_t tensors, void* const* data, const int64_t* numel, co
   });
 }
 
-/// Writes norms, coefficients and statistics where these are not null. `partials` holds four doubles
-/// per chunk, which the caller has poisoned; `limits` one limit for each tensor that has elements,
-/// or null for `max_norm`.
+/// Writes norms, coefficients and statistics where these are not null. `partials` holds four
+/// doubles per chunk, which the caller has poisoned; `limits` one limit for each tensor that has
+/// elements, or null for `max_norm`.
 void emulated_tensors(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
                       double norm_type, double max_norm, const void* limits, int limits_are_float64,
                       int stride, int zero_if_nonfinite, int is_float64, unsigned blocks,

@@ -11,12 +11,13 @@ import pytest
 from toolkit import ROOT, find_cuobjdump, find_toolkit, missing
 
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
-# Kernels per table size: three norms in float32, one in float64, scale, clamp; and of results for each tensor,
-# norms of order 2, statistics of orders 1 and 2, and both in float64.
+# Kernels per table size: three norms in float32, one in float64, scale, clamp; and of results for each
+# tensor, norms of order 2, statistics of orders 1 and 2, and both in float64.
 KERNELS_PER_TABLE = 10
 TABLES = 2
 OTHER_KERNELS = 1  # adaptive clipping has a table of its own
-MAX_REGISTERS = 64  # so that 4 blocks fit on a multiprocessor, as launch.cu counts on
+# So that 4 blocks fit on a multiprocessor, as launch.cu counts on, or 3 of adaptive_kernel.
+MAX_REGISTERS, MAX_REGISTERS_ADAPTIVE = 64, 80
 TOOLKIT = find_toolkit()
 
 pytestmark = pytest.mark.toolkit
@@ -74,7 +75,8 @@ def test_registers_and_spills(compiled, arch):
     assert len(found) == KERNELS_PER_TABLE * TABLES + OTHER_KERNELS, report
     for kernel, registers, spilled in found:
         assert spilled == 0, f"{kernel} spills {spilled} bytes on sm_{arch}"
-        assert registers <= MAX_REGISTERS, f"{kernel} takes {registers} registers on sm_{arch}"
+        most = MAX_REGISTERS_ADAPTIVE if kernel == "adaptive_kernel" else MAX_REGISTERS
+        assert registers <= most, f"{kernel} takes {registers} registers on sm_{arch}"
     # A function called from a kernel may spill, too.
     assert not re.search(r"[1-9]\d* bytes spill", report), report
 

@@ -211,8 +211,10 @@ def test_a_coefficient_of_one_writes_nothing_and_nan_writes_nan(kernels):
 
 @pytest.mark.parametrize("coef_dtype", [torch.float32, torch.float64], ids=str)
 def test_a_coefficient_for_each(kernels, coef_dtype):
-    """Ragged and misaligned tensors of all dtypes, several chunks and launches; where it is 1 or more, nothing
-    is written, and where it is -1, even NaN becomes +0.0."""
+    """Ragged and misaligned tensors of all dtypes, several chunks and launches.
+
+    Where a coefficient is 1 or more, nothing is written; where it is -1, even NaN becomes +0.0.
+    """
     tensors = [t for t in gradients(tuple(DTYPES), sizes=(1, 0, 63, 70000, 4097) * 10) if t.numel()]
     choices = torch.tensor([0.25, 1.0, -1.0, 0.123456789, 3.0, 0.0, math.nan], dtype=coef_dtype)
     coefs = choices.repeat(6)[: len(tensors)].contiguous()
@@ -260,7 +262,7 @@ def test_the_rule_is_that_of_norms_py(kernels, limit_dtype, is_float64, zero_if_
 
 # ---------------------------------------------------------------- results for each tensor
 
-# One chunk and many, empty tensors, tensors of a tile and of less, more than 16 tensors, which a launch holds.
+# One chunk and many, empty tensors, tensors of a tile and of less; more than the 16 that a launch holds.
 RAGGED = (1, 0, 63, 70000, 4097, 16384, 0, 33000, 300000, *[7, 20000] * 9)
 
 
@@ -298,7 +300,7 @@ def test_statistics(kernels, dtypes, p):
     for index, expected in enumerate(exact):
         norm, largest, zeros, nonfinite = rows[:, index].tolist()
         assert norm == pytest.approx(float(expected.norm), rel=NORM_TOLERANCE, nan_ok=True)
-        assert largest == float(expected.absmax) or math.isnan(largest) and math.isnan(expected.absmax)
+        assert largest == float(expected.absmax) or (math.isnan(largest) and math.isnan(expected.absmax))
         assert (zeros, nonfinite) == (expected.zeros, expected.nonfinite)
     assert total.isnan()
 
