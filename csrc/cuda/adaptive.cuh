@@ -52,6 +52,18 @@ __device__ __noinline__ ScaledSum unit_sum(DType dtype, char* data, int numel, W
   return found;
 }
 
+/// Multiplies a warp's tiles of a unit. A call, as unit_sum is: what the kernel holds in registers
+/// does not fit beside the loop.
+__device__ __noinline__ void scale_unit(DType dtype, char* data, int numel, WarpTiles tiles,
+                                        double coef, int lane) {
+  with_dtype<true>(dtype, data, numel, [&](auto* x, int n) {
+    update_tiles(x, n, tiles.first, tiles.stride, lane, [coef](auto& element) {
+      multiply(element, coef);
+      return true;
+    });
+  });
+}
+
 /// The norm of a unit from the sums of its warps, for every thread.
 __device__ inline double unit_norm(ScaledSum of_warp, bool is_by_warp, double p, double* shared) {
   double largest = of_warp.largest, sum = of_warp.sum;
@@ -90,13 +102,7 @@ __global__ __launch_bounds__(kThreads, kAdaptiveBlocks) void adaptive_kernel(
     const double weight_norm = unit_norm(of_weight, is_by_warp, rule.p, shared);
     const double norm = unit_norm(of_grad, is_by_warp, rule.p, shared);
     const double coef = rule.clip_coef(norm, weight_norm);
-    if (coef == 1.0) continue;
-    with_dtype<true>(dtype, grad, numel, [&](auto* x, int n) {
-      update_tiles(x, n, tiles.first, tiles.stride, lane, [coef](auto& element) {
-        multiply(element, coef);
-        return true;
-      });
-    });
+    if (coef != 1.0) scale_unit(dtype, grad, numel, tiles, coef, lane);
   }
 }
 

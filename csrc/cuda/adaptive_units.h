@@ -17,8 +17,8 @@ constexpr int64_t kWarpUnitBytes = 16384;
 constexpr int64_t kMaxUnitBytes = 4 * kChunkBytes;
 constexpr int64_t kUnitsPerItem = 8;  // of those that a warp clips
 
-/// The tensors of one launch, passed by value; 42 bytes per tensor. An item is the work of a block:
-/// one unit or, where a warp clips one, kUnitsPerItem units.
+/// The tensors of one launch, passed by value; up to 42 bytes per tensor. An item is the work of a
+/// block: one unit or, where a warp clips one, kUnitsPerItem units.
 struct UnitTable {
   static constexpr int kCapacity = (kSmallLaunchBytes - kOtherParameterBytes - 16) / 42;
   void* grads[kCapacity];

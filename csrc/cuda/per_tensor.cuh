@@ -51,7 +51,9 @@ __device__ void write_tensor_as(const TensorOutput& out, int64_t tensor, double 
   static_cast<T*>(out.clip_coefs)[tensor] = clip_coef(out.limits, rounded, tensor);
 }
 
-__device__ inline void write_tensor_norm(const TensorOutput& out, int64_t tensor, double norm) {
+// These two are calls: inlined, they take registers from the loop around them, which would spill.
+
+__device__ __noinline__ void write_norm(const TensorOutput& out, int64_t tensor, double norm) {
   if (out.norms == nullptr) return;
   if (out.is_float64) {
     write_tensor_as<double>(out, tensor, norm);
@@ -60,21 +62,26 @@ __device__ inline void write_tensor_norm(const TensorOutput& out, int64_t tensor
   }
 }
 
-/// Writes all that is known of a tensor. `norm` is without the statistics' choice for p = inf.
+__device__ __noinline__ void write_statistics(double* row, int64_t tensors, double norm,
+                                              double largest, double zeros, double nonfinite) {
+  row[0] = norm;
+  row[tensors] = largest;
+  row[2 * tensors] = zeros;
+  row[3 * tensors] = nonfinite;
+}
+
+/// Writes all that is known of a tensor. `norm` is that for p < inf.
 __device__ inline void write_tensor(const TensorOutput& out, int64_t tensor, double norm,
                                     NormPartial) {
-  write_tensor_norm(out, tensor, norm);
+  write_norm(out, tensor, norm);
 }
 __device__ inline void write_tensor(const TensorOutput& out, int64_t tensor, double norm,
                                     const StatisticsPartial& found) {
   if (out.largest_is_norm) norm = found.largest;
-  write_tensor_norm(out, tensor, norm);
+  write_norm(out, tensor, norm);
   if (out.statistics == nullptr) return;
-  double* row = out.statistics + 1 + tensor;
-  row[0] = norm;
-  row[out.tensors] = found.largest;
-  row[2 * out.tensors] = found.zeros;
-  row[3 * out.tensors] = found.nonfinite;
+  write_statistics(out.statistics + 1 + tensor, out.tensors, norm, found.largest, found.zeros,
+                   found.nonfinite);
 }
 
 __device__ inline void add(NormPartial&, NormPartial) {}
