@@ -199,7 +199,7 @@ def test_to_dict(backend: Target) -> None:
 def test_bad_arguments(backend: Target) -> None:
     good = backend.parameters((3,))
     sparse = torch.nn.Parameter(torch.ones(3, device=backend.device))
-    sparse.grad = torch.ones(3, device=backend.device).to_sparse()
+    sparse.grad = torch.ones(3).to_sparse().to(backend.device)
     for params, error, words in (
         ([*good, sparse], TypeError, ("sparse", "gradient 1")),
         ([*good, 3.0], TypeError, ("position 1", "float")),
