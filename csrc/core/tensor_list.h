@@ -253,12 +253,13 @@ constexpr int64_t kSmallLaunchBytes = 4096;
 constexpr int64_t kLargeLaunchBytes = 32764;
 constexpr int64_t kOtherParameterBytes = 128;
 
-/// The tensors of one launch, passed by value; 20 bytes per tensor.
+/// The tensors of one launch, passed by value; 20 bytes per tensor, and 20 beside.
 template <int kCapacity>
 struct LaunchTable {
   void* data[kCapacity];
   int64_t numel_and_dtype[kCapacity];
-  int64_t first_chunk;  // the index in the whole list of the launch's first chunk
+  int64_t first_chunk;   // the index in the whole list of the launch's first chunk
+  int32_t first_tensor;  // and of its first tensor
   int32_t tensors;
   int32_t chunk_prefix[kCapacity + 1];  // counted from first_chunk
 
@@ -272,7 +273,7 @@ struct LaunchTable {
 };
 
 constexpr int launch_capacity(int64_t parameter_bytes) {
-  return static_cast<int>((parameter_bytes - kOtherParameterBytes - 20) / 20);
+  return static_cast<int>((parameter_bytes - kOtherParameterBytes - 24) / 20);
 }
 constexpr int kSmallLaunchTensors = launch_capacity(kSmallLaunchBytes);  // 197
 constexpr int kLargeLaunchTensors = launch_capacity(kLargeLaunchBytes);  // 1,630
@@ -295,6 +296,7 @@ int64_t fill_launch(const TensorList& list, int64_t first, LaunchTable<kCapacity
   const int64_t* prefix = list.chunk_prefix();
   const int64_t end = launch_end(list, first, kCapacity);
   table.first_chunk = prefix[first];
+  table.first_tensor = static_cast<int32_t>(first);
   table.chunk_prefix[0] = 0;
   table.tensors = 0;
   for (int64_t tensor = first; tensor < end; ++tensor) {

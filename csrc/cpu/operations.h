@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "chunk_kernels.h"
@@ -57,13 +56,11 @@ struct EachRule {
   double rounded(double norm) const {
     return is_float64 ? norm : static_cast<double>(static_cast<float>(norm));
   }
-  /// The coefficient for a rounded norm. A limit below 0 acts as 0, and NaN as a NaN norm.
+  /// The coefficient for a rounded norm.
   double clip_coef(double norm, int64_t tensor) const {
     const double max_norm = max_norms[tensor * stride];
-    if (zero_if_nonfinite && (!std::isfinite(norm) || std::isnan(max_norm))) return -1;
-    if (std::isnan(max_norm)) return max_norm;
-    const Rule rule{max_norm < 0 ? 0 : max_norm};
-    return is_float64 ? rule.clip_coef(norm) : rule.clip_coef(static_cast<float>(norm));
+    return is_float64 ? gradclip::clip_coef(norm, max_norm, zero_if_nonfinite)
+                      : gradclip::clip_coef(static_cast<float>(norm), max_norm, zero_if_nonfinite);
   }
 };
 
@@ -85,20 +82,6 @@ struct TensorStatistics {
 /// unless a sum of float64 elements leaves the range, and five times for others.
 double statistics(const TensorList& list, double p, const Threads& threads, TensorStatistics* out,
                   const ChunkKernels& kernels = chunk_kernels());
-
-/// Compares the norm of a unit of a gradient with that of its weight.
-struct AdaptiveRule {
-  double p;
-  double clip_factor;
-  double eps;
-
-  /// limit / norm where the norm is not below the limit, clip_factor * max(weight_norm, eps);
-  /// else 1. NaN stays NaN.
-  double clip_coef(double norm, double weight_norm) const {
-    const double limit = clip_factor * (weight_norm < eps ? eps : weight_norm);
-    return norm < limit ? 1 : limit / (norm < 1e-6 ? 1e-6 : norm);
-  }
-};
 
 /// Clips each unit of each gradient. A tensor has `units` of them, which lie one after the other;
 /// the lists are of equal lengths, the tensors of equal sizes. No element may be listed twice among

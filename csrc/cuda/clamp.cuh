@@ -27,7 +27,7 @@ __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constan
                                                             const double min, const double max) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
+  for_each_chunk<false>(table, run, [&](int chunk, int, DType dtype, char* data, int64_t length) {
     const WarpTiles tiles(chunk, length * item_size(dtype), warp);
     with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
       using T = std::remove_reference_t<decltype(*x)>;

@@ -8,11 +8,15 @@
 #include <utility>
 #include <vector>
 
+#include "adaptive.cuh"
+#include "adaptive_units.h"
 #include "clamp.cuh"
 #include "launch.h"
 #include "norm.cuh"
 #include "norm_float64.cuh"
+#include "per_tensor_float64.cuh"
 #include "scale.cuh"
+#include "statistics.cuh"
 
 namespace gradclip::cuda {
 namespace {
@@ -44,6 +48,17 @@ cudaError_t load(cudaFuncAttributes& scale) {
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<LInf, Table>);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_float64_kernel<Table>);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, clamp_kernel<Table>);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&other, tensors_kernel<L2, NormPartial, Table>);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&other, tensors_kernel<L1, StatisticsPartial, Table>);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&other, tensors_kernel<L2, StatisticsPartial, Table>);
+  }
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, tensors_float64_kernel<Table>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, adaptive_kernel);
   return error;
 }
 
@@ -91,11 +106,12 @@ cudaError_t current_device(Device& device) {
   return failed;
 }
 
+constexpr int kBlocksPerMultiprocessor = 4;  // resident at once, by the kernels' launch bounds
+
 /// As many blocks as are resident at once, but no more than have a tile, or a small tensor, for
 /// each of their warps.
 template <typename Table>
 unsigned blocks_for(const TensorList& list, const Table& table, const Device& device) {
-  constexpr int kBlocksPerMultiprocessor = 4;
   const int64_t chunks = table.chunks();
   const int64_t useful = list.bytes() / (kWarps * kTileBytes) + chunks / kWarps + 1;
   const int64_t resident = int64_t{kBlocksPerMultiprocessor} * device.multiprocessors;
@@ -186,6 +202,62 @@ cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream
   return cudaMemsetAsync(scratch, 0, sizeof **counter, stream);
 }
 
+bool is_in_float32(const TensorList& list, double norm_type) {
+  return !list.holds(DType::kFloat64) &&
+         (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
+}
+
+cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutput out,
+                            cudaStream_t stream) {
+  out.chunks = list.chunks();
+  out.tensors = list.size();
+  out.largest_is_norm = std::isinf(norm_type);
+  const auto launch = [&](const auto& table, const Device& device, bool is_last) {
+    using Table = std::decay_t<decltype(table)>;
+    out.is_last_launch = is_last;
+    const unsigned blocks = blocks_for(list, table, device);
+    if (!is_in_float32(list, norm_type)) {
+      return enqueue(tensors_float64_kernel<Table>, blocks, false, stream, table, out, norm_type);
+    }
+    // Of another order than 2, norms come from the kernel for statistics.
+    const auto kernel = norm_type == 1.0            ? tensors_kernel<L1, StatisticsPartial, Table>
+                        : out.statistics != nullptr ? tensors_kernel<L2, StatisticsPartial, Table>
+                        : out.largest_is_norm       ? tensors_kernel<L2, StatisticsPartial, Table>
+                                                    : tensors_kernel<L2, NormPartial, Table>;
+    return enqueue(kernel, blocks, false, stream, table, out);
+  };
+  return for_each_launch(list, Order::kForward, launch);
+}
+
+// ---------------------------------------------------------------- adaptive clipping
+
+/// Clips each by its norm and its weight's. `scratch` holds two norms and a coefficient of each
+/// unit, and then the partials of each chunk.
+cudaError_t clip_large_units(const LargeUnits& units, const AdaptiveRule& rule, void* scratch,
+                             cudaStream_t stream, bool is_pool_stream) {
+  TensorOutput out = {};
+  cudaError_t error = find_counter(scratch, stream, is_pool_stream, &out.arrivals);
+  if (error != cudaSuccess) return error;
+  double* weight_norms = reinterpret_cast<double*>(static_cast<char*>(scratch) + kCounterBytes);
+  double* norms = weight_norms + units.grads.size();
+  double* coefs = norms + units.grads.size();
+  out.partials = coefs + units.grads.size();
+  out.is_float64 = true;
+  out.norms = weight_norms;
+  error = enqueue_tensors(units.weights, rule.p, out, stream);
+  if (error != cudaSuccess) return error;
+  out.norms = norms;
+  out.clip_coefs = coefs;
+  out.limits.values = weight_norms;
+  out.limits.stride = 1;
+  out.limits.are_float64 = out.limits.are_weight_norms = true;
+  out.limits.clip_factor = rule.clip_factor;
+  out.limits.eps = rule.eps;
+  error = enqueue_tensors(units.grads, rule.p, out, stream);
+  if (error != cudaSuccess) return error;
+  return launch_scale(units.grads, {coefs, 1, true}, stream);
+}
+
 }  // namespace
 
 cudaError_t probe() {
@@ -199,7 +271,7 @@ int64_t norm_scratch_bytes(const TensorList& list) {
   return kCounterBytes + list.chunks() * static_cast<int64_t>(sizeof(ScaledSum));
 }
 
-cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
+cudaError_t launch_norm(const TensorList& list, double norm_type, const Limits& limits,
                         const NormBuffers& buffers, cudaStream_t stream, bool is_pool_stream) {
   unsigned* counter = nullptr;
   const cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &counter);
@@ -210,13 +282,12 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
   out.total_norm = buffers.total_norm;
   out.clip_coef = buffers.clip_coef;
   out.is_float64 = buffers.is_float64;
-  out.rule = rule;
+  out.limits = limits;
   const auto launch = [&](const auto& table, const Device& device, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.arrivals = is_last ? counter : nullptr;
     const unsigned blocks = blocks_for(list, table, device);
-    if (list.holds(DType::kFloat64) ||
-        !(norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type))) {
+    if (!is_in_float32(list, norm_type)) {
       return enqueue(norm_float64_kernel<Table>, blocks, false, stream, table, out, norm_type);
     }
     const auto kernel = norm_type == 2.0   ? norm_kernel<L2, Table>
@@ -227,12 +298,54 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, Rule rule,
   return for_each_launch(list, Order::kForward, launch);
 }
 
-cudaError_t launch_scale(const TensorList& list, const void* clip_coef, bool is_float64,
-                         cudaStream_t stream) {
+int64_t tensors_scratch_bytes(const TensorList& list) {
+  return kCounterBytes + list.chunks() * static_cast<int64_t>(sizeof(StatisticsPartial));
+}
+
+cudaError_t launch_tensors(const TensorList& list, double norm_type, const Limits& limits,
+                           const TensorBuffers& buffers, cudaStream_t stream, bool is_pool_stream) {
+  TensorOutput out = {};
+  const cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &out.arrivals);
+  if (error != cudaSuccess) return error;
+  out.partials = static_cast<char*>(buffers.scratch) + kCounterBytes;
+  out.norms = buffers.norms;
+  out.clip_coefs = buffers.clip_coefs;
+  out.statistics = buffers.statistics;
+  out.is_float64 = buffers.is_float64;
+  out.limits = limits;
+  return enqueue_tensors(list, norm_type, out, stream);
+}
+
+int64_t adaptive_scratch_bytes(const AdaptiveLists& lists) {
+  const LargeUnits large(lists);
+  return kCounterBytes + 3 * large.grads.size() * static_cast<int64_t>(sizeof(double)) +
+         large.partials() * static_cast<int64_t>(sizeof(StatisticsPartial));
+}
+
+cudaError_t launch_clip_adaptive(const AdaptiveLists& lists, const AdaptiveRule& rule,
+                                 void* scratch, cudaStream_t stream, bool is_pool_stream) {
+  Device device;
+  cudaError_t error = current_device(device);
+  UnitTable table = {};
+  for (int64_t tensor = 0; tensor < lists.grads.size() && error == cudaSuccess; ++tensor) {
+    if (unit_bytes(lists, tensor) <= kMaxUnitBytes) add(table, lists, tensor);
+    const bool is_last = tensor == lists.grads.size() - 1;
+    if (table.tensors == 0 || (table.tensors < UnitTable::kCapacity && !is_last)) continue;
+    const int64_t resident = int64_t{kAdaptiveBlocks} * device.multiprocessors;
+    const auto blocks = static_cast<unsigned>(std::min(table.item_prefix[table.tensors], resident));
+    error = enqueue(adaptive_kernel, blocks, false, stream, table, rule);
+    table.tensors = 0;
+  }
+  const LargeUnits large(lists);
+  if (error != cudaSuccess || large.grads.size() == 0) return error;
+  return clip_large_units(large, rule, scratch, stream, is_pool_stream);
+}
+
+cudaError_t launch_scale(const TensorList& list, const Coefficients& coefs, cudaStream_t stream) {
   const auto launch = [&](const auto& table, const Device& device, bool) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(scale_kernel<Table>, blocks_for(list, table, device), device.dependent_launch,
-                   stream, table, clip_coef, is_float64);
+                   stream, table, coefs);
   };
   return for_each_launch(list, Order::kBackward, launch);
 }

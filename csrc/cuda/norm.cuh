@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "core/rule.h"
 #include "reduce.cuh"
+#include "rule.cuh"
 #include "walk.cuh"
 
 namespace gradclip::cuda {
@@ -16,11 +16,11 @@ struct NormOutput {
   void* total_norm;    // a float, or a double if is_float64
   void* clip_coef;     // the same
   bool is_float64;     // some gradient is float64
-  Rule rule;
+  Limits limits;
 
   /// Whether the next kernel on the stream is scale_kernel. Only that one may be allowed to start
   /// early, because it waits before it reads what this kernel wrote.
-  __device__ bool scale_follows() const { return arrivals != nullptr && !rule.only_reports(); }
+  __device__ bool scale_follows() const { return arrivals != nullptr && !limits.only_report(); }
 };
 
 /// Writes the norm and the coefficient in the precision of the result.
@@ -28,7 +28,7 @@ template <typename T>
 __device__ void write_norm_as(const NormOutput& out, double norm) {
   const T total_norm = static_cast<T>(norm);
   *static_cast<T*>(out.total_norm) = total_norm;
-  *static_cast<T*>(out.clip_coef) = out.rule.clip_coef(total_norm);
+  *static_cast<T*>(out.clip_coef) = clip_coef(out.limits, total_norm, 0);
 }
 
 __device__ inline void write_norm(const NormOutput& out, double norm) {
@@ -66,15 +66,15 @@ __device__ __noinline__ double warp_sum_float64(const T* x, int length, WarpTile
   return warp_reduce<Norm>(sum);
 }
 
-/// Returns the sum of a warp's tiles of one chunk.
-template <typename Norm, typename T>
+/// Returns the sum of a warp's tiles of one chunk. `kReadOnly` as in load_tile.
+template <typename Norm, bool kReadOnly = true, typename T>
 __device__ double warp_sum(const T* x, int length, WarpTiles tiles, int lane) {
   double total = 0.0;
   unsigned bits = 0;
   for (int tile = tiles.first * kTileNumel<T>; tile < length;
        tile += tiles.stride * kTileNumel<T>) {
     Vec<T> vecs[kLoads];
-    load_tile(vecs, x, tile, length, lane);
+    load_tile<kReadOnly>(vecs, x, tile, length, lane);
     typename Norm::Sum sums[4] = {};
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
@@ -113,12 +113,12 @@ __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant
   __shared__ double sums[kBatch][kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
+  for_each_chunk<false>(table, run, [&](int chunk, int, DType dtype, char* data, int64_t length) {
     const WarpTiles tiles(chunk, length * item_size(dtype), warp);
     double sum = 0.0;
     with_dtype<false>(dtype, data, length,
                       [&](auto* x, int n) { sum = warp_sum<Norm>(x, n, tiles, lane); });
-    const int slot = static_cast<int>((chunk - run.begin) % kBatch);
+    const int slot = (chunk - run.begin) % kBatch;
     if (lane == 0) sums[slot][warp] = sum;
     if (slot == kBatch - 1 || chunk == run.end - 1) {
       __syncthreads();

@@ -68,25 +68,28 @@ __device__ ScaledSum warp_scaled_sum(const T* x, int length, WarpTiles tiles, do
   return {largest, sum};
 }
 
-/// As finalize(), in two passes over the partials, so that no power depends on another one.
-__device__ inline void finalize_float64(const NormOutput& out, double p) {
+/// The norm for a scaled sum.
+__device__ inline double norm_of(double largest, double sum, double p) {
+  return p < INFINITY && can_divide_by(largest) ? largest * pow(sum, 1.0 / p) : largest;
+}
+
+/// Returns the norm to thread 0, from partials in two passes, so that no power depends on another
+/// one.
+template <typename Partial>
+__device__ double norm_of_partials(const Partial* partials, int64_t chunks, double p) {
   __shared__ double shared[kWarps];
-  const ScaledSum* partials = reinterpret_cast<const ScaledSum*>(out.partials);
   double largest = 0.0;
-  for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
     largest = nan_max(largest, __ldcg(&partials[i].largest));
   }
   largest = block_max(largest, shared);
   double sum = 0.0;
   if (can_divide_by(largest)) {
-    for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
       sum += rescaled(__ldcg(&partials[i].sum), __ldcg(&partials[i].largest), largest, p);
     }
   }
-  sum = block_reduce<L1>(sum, shared);
-  if (threadIdx.x != 0) return;
-  const bool has_sum = p < INFINITY && can_divide_by(largest);
-  write_norm(out, has_sum ? largest * pow(sum, 1.0 / p) : largest);
+  return norm_of(largest, block_reduce<L1>(sum, shared), p);
 }
 
 /// Contract: as norm_kernel, for tables of any dtype; out.partials holds one ScaledSum per chunk.
@@ -99,7 +102,7 @@ __global__ __launch_bounds__(kThreads,
   ScaledSum* partials = reinterpret_cast<ScaledSum*>(out.partials);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
+  for_each_chunk<false>(table, run, [&](int chunk, int, DType dtype, char* data, int64_t length) {
     const WarpTiles tiles(chunk, length * item_size(dtype), warp);
     ScaledSum of_warp = {0.0, 0.0};
     with_dtype<true>(dtype, data, length,
@@ -112,7 +115,9 @@ __global__ __launch_bounds__(kThreads,
     __syncthreads();
   });
   if (out.scale_follows()) let_next_kernel_launch();
-  if (out.arrivals != nullptr && is_last_block(out.arrivals)) finalize_float64(out, p);
+  if (out.arrivals == nullptr || !is_last_block(out.arrivals)) return;
+  const double norm = norm_of_partials(partials, out.chunks, p);
+  if (threadIdx.x == 0) write_norm(out, norm);
 }
 
 }  // namespace gradclip::cuda

@@ -1,7 +1,8 @@
-// Multiply every gradient by a coefficient in device memory.
+// Multiply gradients by one coefficient in device memory, or each by its own.
 
 #pragma once
 
+#include "rule.cuh"
 #include "walk.cuh"
 
 namespace gradclip::cuda {
@@ -13,30 +14,51 @@ __device__ void multiply(T& x, double coef) {
   from_float(to_float(x) * static_cast<float>(coef), x);
 }
 
-/// Contract: kThreads threads, any grid, any dtypes. `clip_coef` is a float or, with `is_float64`,
-/// a double. Writes nothing if it is 1 or more: multiplying by 1 is the identity, bit for bit.
+__device__ inline void set_zero(double& x) { x = 0.0; }
+template <typename T>
+__device__ void set_zero(T& x) {
+  from_float(0.0f, x);
+}
+
+/// Multiplies a warp's tiles by a coefficient, or writes +0.0 if that is kZero. These are two
+/// loops, because a choice for each element takes registers that the kernel does not have on sm_80.
+template <typename T>
+__device__ void scale_tiles(T* x, int length, int first, int stride, int lane, double coef) {
+  if (coef < 0.0) {
+    update_tiles(x, length, first, stride, lane, [](T& item) {
+      set_zero(item);
+      return true;
+    });
+  } else {
+    update_tiles(x, length, first, stride, lane, [coef](T& item) {
+      multiply(item, coef);
+      return true;
+    });
+  }
+}
+
+/// Contract: kThreads threads, any grid, any dtypes. Neither reads nor writes a gradient whose
+/// coefficient is 1 or more: multiplying by 1 is the identity, bit for bit.
 ///
 /// Each block goes through its chunks backwards, because what the norm kernel read last is still in
 /// L2. In a grid of the norm kernel's size, a block has the same chunks as in the norm kernel.
 template <typename Table>
 __global__ __launch_bounds__(kThreads, 4) void scale_kernel(const __grid_constant__ Table table,
-                                                            const void* clip_coef,
-                                                            const bool is_float64) {
+                                                            const Coefficients coefs) {
   wait_for_previous_kernel();
-  const double coef = is_float64 ? *static_cast<const double*>(clip_coef)
-                                 : static_cast<double>(*static_cast<const float*>(clip_coef));
-  if (coef >= 1.0) return;
+  if (coefs.stride == 0 && read_float(coefs.values, 0, coefs.are_float64) >= 1.0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<true>(table, run, [&](int64_t chunk, DType dtype, char* data, int64_t length) {
-    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
-    with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
-      update_tiles(x, n, tiles.first, tiles.stride, lane, [&](auto& item) {
-        multiply(item, coef);
-        return true;
+  for_each_chunk<true>(
+      table, run, [&](int chunk, int tensor, DType dtype, char* data, int64_t length) {
+        const int64_t index = int64_t{coefs.stride} * (table.first_tensor + tensor);
+        const double coef = read_float(coefs.values, index, coefs.are_float64);
+        if (coef >= 1.0) return;
+        const WarpTiles tiles(chunk, length * item_size(dtype), warp);
+        with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
+          scale_tiles(x, n, tiles.first, tiles.stride, lane, coef);
+        });
       });
-    });
-  });
 }
 
 }  // namespace gradclip::cuda

@@ -67,13 +67,19 @@ __device__ inline uint4 load_read_only(const void* address) {
 #endif
 }
 
-/// Reads a lane's vectors of a tile; elements from `length` on are 0.
-template <typename T>
+/// Reads a lane's vectors of a tile; elements from `length` on are 0. `kReadOnly`: this kernel does
+/// not write the tile later.
+template <bool kReadOnly, typename T>
 __device__ void load_tile(Vec<T> (&vecs)[kLoads], const T* x, int tile, int length, int lane) {
   if (tile + kTileNumel<T> <= length && reinterpret_cast<uintptr_t>(x) % kVecBytes == 0) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      vecs[j].words = load_read_only(x + tile + (j * kWarp + lane) * kVecNumel<T>);
+      const T* address = x + tile + (j * kWarp + lane) * kVecNumel<T>;
+      if constexpr (kReadOnly) {
+        vecs[j].words = load_read_only(address);
+      } else {
+        vecs[j].words = *reinterpret_cast<const uint4*>(address);
+      }
     }
     // Keeps the arithmetic after the last load; without it only 4 loads are in flight.
     __syncwarp();

@@ -25,12 +25,14 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-/// The chunks [begin, end) of block `block` out of `blocks`; the lengths differ by one at most.
+/// The chunks [begin, end) of block `block` out of `blocks`; the lengths differ by one at most. A
+/// launch has less than 2^31 chunks, and half as wide indices save eight registers.
 struct Run {
-  int64_t begin;
-  int64_t end;
+  int begin;
+  int end;
   __device__ Run(int64_t chunks, int64_t block, int64_t blocks)
-      : begin(chunks * block / blocks), end(chunks * (block + 1) / blocks) {}
+      : begin(static_cast<int>(chunks * block / blocks)),
+        end(static_cast<int>(chunks * (block + 1) / blocks)) {}
 };
 
 /// The tiles of a chunk that this warp processes: first, first + stride, first + 2 * stride ...
@@ -40,7 +42,8 @@ struct Run {
 struct WarpTiles {
   int first;
   int stride;
-  __device__ WarpTiles(int64_t chunk, int64_t chunk_bytes, int warp)
+  __device__ WarpTiles(int first, int stride) : first(first), stride(stride) {}
+  __device__ WarpTiles(int chunk, int64_t chunk_bytes, int warp)
       : first(chunk_bytes <= kTileBytes ? (chunk % kWarps == warp ? 0 : 1) : warp),
         stride(kWarps) {}
 };
@@ -65,16 +68,16 @@ __device__ void with_dtype(DType dtype, char* data, int64_t length, Work&& work)
   }
 }
 
-/// Calls `work(chunk, dtype, data, length)` for every chunk of the run, forwards or backwards;
-/// `chunk` is counted from the first chunk of the launch. The first tensor is found by binary
-/// search.
+/// Calls `work(chunk, tensor, dtype, data, length)` for every chunk of the run, forwards or
+/// backwards; `chunk` and `tensor` are counted from the first ones of the launch. The first tensor
+/// is found by binary search.
 template <bool kBackwards, typename Table, typename Work>
 __device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) {
   if (run.begin == run.end) return;
-  int64_t tensor =
-      tensor_of(table.chunk_prefix, table.tensors, kBackwards ? run.end - 1 : run.begin);
-  for (int64_t step = 0; step < run.end - run.begin; ++step) {
-    const int64_t chunk = kBackwards ? run.end - 1 - step : run.begin + step;
+  int tensor = static_cast<int>(
+      tensor_of(table.chunk_prefix, table.tensors, kBackwards ? run.end - 1 : run.begin));
+  for (int step = 0; step < run.end - run.begin; ++step) {
+    const int chunk = kBackwards ? run.end - 1 - step : run.begin + step;
     if constexpr (kBackwards) {
       while (chunk < table.chunk_prefix[tensor]) --tensor;
     } else {
@@ -84,7 +87,7 @@ __device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) 
     const Chunk part = chunk_of(tensor, chunk - table.chunk_prefix[tensor], table.numel(tensor),
                                 chunk_numel(dtype, kChunkBytes));
     char* data = static_cast<char*>(table.data[tensor]) + part.offset * item_size(dtype);
-    work(chunk, dtype, data, part.length);
+    work(chunk, tensor, dtype, data, part.length);
   }
 }
 

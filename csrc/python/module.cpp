@@ -129,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("has_elements",
                              [](const HeldList& list) { return list.spans.size() != 0; })
       .def_readonly("dtypes", &HeldList::dtypes)
+      .def_readonly("empty", &HeldList::empty)
       .def_property_readonly("columns",
                              [](const HeldList& list) { return py::bytes(list.columns()); });
   m.def("gradients", &gradients);

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradclip_ext import _extension
 from gradclip_ext.backends.base import TensorList, units_of
-from gradclip_ext.backends.foreach import ForeachBackend, SegmentsByForeach
-from gradclip_ext.norms import REPORT, AdaptiveRule, Coefficient, Rule
+from gradclip_ext.norms import REPORT, AdaptiveRule, Coefficient, Rule, on_device
+from gradclip_ext.segments import select
 
-# For what the CUDA kernels do not do.
-_FOREACH = ForeachBackend()
 _OLDEST_CAPABILITY = (7, 0)  # for launches with more than 4 KB of parameters
 
 
@@ -74,7 +73,7 @@ class CpuBackend:
         _extension.C.cpu_clamp_(tensors.native(), min, max)
 
 
-class CudaBackend(SegmentsByForeach):
+class CudaBackend:
     """Tensors on NVIDIA GPUs, by the kernels in csrc/cuda, on the current stream of their device.
 
     Results and scratch memory come from torch's allocator; the scratch memory goes back to it, for later
@@ -124,20 +123,18 @@ class CudaBackend(SegmentsByForeach):
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        if not rule.is_plain:
+        if not isinstance(rule.max_norm, (float, Tensor)):
             norm, _ = self.norm(tensors, norm_type, REPORT, dtype)
             return norm, rule.clip_coef(norm)
-        native = tensors.native()
+        native, limit = tensors.native(), _limits(rule, tensors)
         norm = torch.empty((), dtype=dtype, device=tensors.device)
         clip_coef = torch.empty((), dtype=dtype, device=tensors.device)
-        scratch = torch.empty(
-            _extension.C.cuda_norm_scratch_bytes(native), dtype=torch.uint8, device=tensors.device
-        )
+        scratch = _scratch(_extension.C.cuda_norm_scratch_bytes(native), tensors)
         stream = torch.cuda.current_stream(tensors.device)
         _extension.C.cuda_norm(
             native,
             norm_type,
-            rule.max_norm,
+            limit.arguments,
             dtype is torch.float64,
             norm.data_ptr(),
             clip_coef.data_ptr(),
@@ -148,17 +145,117 @@ class CudaBackend(SegmentsByForeach):
         return norm, clip_coef
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:
-        if may_zero or (isinstance(clip_coef, Tensor) and clip_coef.dim()):
-            return _FOREACH.scale_(tensors, clip_coef, may_zero)
         if not isinstance(clip_coef, Tensor):
             clip_coef = torch.full((), clip_coef, dtype=torch.float64, device=tensors.device)
+        native = tensors.native()
+        coefs = _of_spans(clip_coef, native)
         stream = torch.cuda.current_stream(tensors.device).cuda_stream
-        is_float64 = clip_coef.dtype is torch.float64
-        _extension.C.cuda_scale_(tensors.native(), clip_coef.data_ptr(), is_float64, stream)
+        is_float64 = coefs.dtype is torch.float64
+        _extension.C.cuda_scale_(native, coefs.data_ptr(), is_float64, coefs.dim(), stream)
+
+    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
+        native = tensors.native()
+        if not native.has_elements:
+            return torch.zeros(len(tensors.tensors), dtype=dtype, device=tensors.device)
+        norms = torch.empty(len(tensors.tensors) - len(native.empty), dtype=dtype, device=tensors.device)
+        coefs = None if rule.is_plain and rule.max_norm == math.inf else torch.empty_like(norms)
+        self._enqueue_tensors(tensors, norm_type, rule, norms, coefs, None)
+        if coefs is not None:
+            stream = torch.cuda.current_stream(tensors.device).cuda_stream
+            _extension.C.cuda_scale_(native, coefs.data_ptr(), dtype is torch.float64, 1, stream)
+        return _of_tensors(norms, native)
+
+    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
+        native, size = tensors.native(), len(tensors.tensors)
+        if not native.has_elements:
+            return torch.zeros(1 + 4 * size, dtype=torch.float64, device=tensors.device)
+        packed = torch.empty(1 + 4 * (size - len(native.empty)), dtype=torch.float64, device=tensors.device)
+        self._enqueue_tensors(tensors, norm_type, REPORT, None, None, packed)
+        if not native.empty:
+            return packed
+        return torch.cat([packed[:1], _of_tensors(packed[1:].view(4, -1), native).flatten()])
+
+    def _enqueue_tensors(
+        self,
+        tensors: TensorList,
+        norm_type: float,
+        rule: Rule,
+        norms: Tensor | None,
+        coefs: Tensor | None,
+        statistics: Tensor | None,
+    ) -> None:
+        """Compute what there is a tensor for, of the tensors that have elements."""
+        native, limit = tensors.native(), _limits(rule, tensors)
+        scratch = _scratch(_extension.C.cuda_tensors_scratch_bytes(native), tensors)
+        stream = torch.cuda.current_stream(tensors.device)
+        _extension.C.cuda_tensors(
+            native,
+            norm_type,
+            limit.arguments,
+            norms is not None and norms.dtype is torch.float64,
+            *(0 if t is None else t.data_ptr() for t in (norms, coefs, statistics)),
+            scratch.data_ptr(),
+            stream.cuda_stream,
+            _is_pool_stream(stream),
+        )
+
+    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
+        lists = grads.native(), weights.native(), [units_of(g) for g in grads.tensors if g.numel() > 0]
+        if not lists[0].has_elements:
+            return
+        scratch = _scratch(_extension.C.cuda_adaptive_scratch_bytes(*lists), grads)
+        stream = torch.cuda.current_stream(grads.device)
+        _extension.C.cuda_clip_adaptive_(
+            *lists, *rule, scratch.data_ptr(), stream.cuda_stream, _is_pool_stream(stream)
+        )
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         stream = torch.cuda.current_stream(tensors.device).cuda_stream
         _extension.C.cuda_clamp_(tensors.native(), min, max, stream)
+
+
+def _scratch(size: int, tensors: TensorList) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=tensors.device)
+
+
+class _Limits(NamedTuple):
+    """What the kernels compare norms with."""
+
+    arguments: tuple[float, int, bool, int, bool]
+    kept: Tensor | None  # whose memory the arguments point to, at least until the launch
+
+
+def _limits(rule: Rule, tensors: TensorList) -> _Limits:
+    """Return a rule's limits as the kernels take them, if no function makes them."""
+    if isinstance(rule.max_norm, float):
+        return _Limits((rule.max_norm, 0, False, 0, rule.zero_if_nonfinite), None)
+    assert isinstance(rule.max_norm, Tensor)
+    values = on_device(rule.max_norm, tensors.device)
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.to(torch.float64)
+    values = _of_spans(values, tensors.native())
+    is_float64 = values.dtype is torch.float64
+    return _Limits((0.0, values.data_ptr(), is_float64, values.dim(), rule.zero_if_nonfinite), values)
+
+
+# A kernel's vectors leave out the tensors without elements, where a list has some.
+
+
+def _of_spans(values: Tensor, native: Any) -> Tensor:
+    """Return the values of the tensors that have elements; a 0-d tensor as it is."""
+    if values.dim() and native.empty:
+        empty = set(native.empty)
+        values = select(values, [i for i in range(len(values)) if i not in empty])
+    return values.contiguous()
+
+
+def _of_tensors(values: Tensor, native: Any) -> Tensor:
+    """Return values of shape [..., n] for all n tensors, with 0 for those without elements."""
+    if not native.empty:
+        return values
+    empty, indices = set(native.empty), count()
+    tensors = values.shape[-1] + len(empty)
+    return select(values, [None if i in empty else next(indices) for i in range(tensors)])
 
 
 def _is_pool_stream(stream: Any) -> bool:

@@ -246,7 +246,7 @@ def test_bad_gradients(backend: Target) -> None:
     good = with_weights(backend, [(4, 3)])
     expanded = parameter(torch.ones(1, 3, device=backend.device).expand(2, 3))
     sparse = torch.nn.Parameter(torch.ones(3, device=backend.device))
-    sparse.grad = torch.ones(3, device=backend.device).to_sparse()
+    sparse.grad = torch.ones(3).to_sparse().to(backend.device)
     (other,) = with_weights(backend, [(2, 3)])
     other.data = other.data.t()
     for bad, error, words in (

@@ -95,17 +95,17 @@ def test_same_bits_as_get_total_norm(backend: Target, dtype: torch.dtype) -> Non
         grads = [backend.random(n, dtype=dtype) for n in (70_001, 5, 300, 1)]
         total = backend.get_grad_stats([parameter(g) for g in grads], norm_type).total_norm
         expected = backend.get_total_norm(grads, norm_type)
-        if backend.name == "cpu":
+        if backend.name == "cpu" or (backend.name == "cuda" and not dtype.is_complex):
             oracle.assert_same_bits(total, expected)
         else:
             torch.testing.assert_close(total, expected, rtol=1e-6, atol=0.0)
 
 
 def test_values_beyond_the_range_of_squares(backend: Target) -> None:
-    if not backend.sees_values:
+    if not backend.sees_values and backend.name != "cuda":
         pytest.skip("elsewhere torch's own operations square in float64")
     for values in ((1e200, 1e-200), (3.0, 1e-170), (1e-200, 0.0), (5e-324,)):
-        grads = [torch.full((9,), value, dtype=torch.float64) for value in values]
+        grads = [torch.full((9,), value, dtype=torch.float64, device=backend.device) for value in values]
         assert_stats(backend.get_grad_stats([parameter(g) for g in grads]), grads, 2.0, f"{values}")
 
 
@@ -199,7 +199,7 @@ def test_to_dict(backend: Target) -> None:
 def test_bad_arguments(backend: Target) -> None:
     good = backend.parameters((3,))
     sparse = torch.nn.Parameter(torch.ones(3, device=backend.device))
-    sparse.grad = torch.ones(3, device=backend.device).to_sparse()
+    sparse.grad = torch.ones(3).to_sparse().to(backend.device)
     for params, error, words in (
         ([*good, sparse], TypeError, ("sparse", "gradient 1")),
         ([*good, 3.0], TypeError, ("position 1", "float")),

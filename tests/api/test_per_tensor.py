@@ -322,7 +322,7 @@ def test_bad_gradients(backend: Target) -> None:
     good = backend.parameters((3,))
     expanded = parameter(torch.ones(1, 3, device=backend.device).expand(2, 3))
     sparse = torch.nn.Parameter(torch.ones(3, device=backend.device))
-    sparse.grad = torch.ones(3, device=backend.device).to_sparse()
+    sparse.grad = torch.ones(3).to_sparse().to(backend.device)
     for bad, error, word in ((expanded, RuntimeError, "expanded"), (sparse, TypeError, "sparse")):
         raises_untouched(
             error, (word,), good, lambda bad=bad: backend.clip_grad_norm_([*good, bad], 1.0, per_tensor=True)

@@ -99,6 +99,39 @@ def test_two_captures_in_one_graph_and_a_split_norm(name: str) -> None:
         assert first > 1.0 and second.item() == pytest.approx(1.0, rel=1e-3)
 
 
+def test_results_for_each_tensor_are_captured(name: str) -> None:
+    """Device limits, norms, statistics and adaptive clipping of each tensor: replayed on new values."""
+    if name != "cuda":
+        pytest.skip("kernels of the cuda backend")
+    params = [*gpu_parameters(), parameter(torch.ones(3, 100_000, device="cuda"))]
+    twins = as_of(params)
+    for param in params:
+        param.data.normal_()
+    limit, limits = torch.tensor(0.7, device="cuda"), torch.rand(len(params), device="cuda")
+
+    def step(params: list[Tensor]) -> list[Tensor]:
+        stats = gradclip_ext.get_grad_stats(params, backend=name)
+        gradclip_ext.adaptive_clip_grad_(params, 0.05, backend=name)
+        norms = gradclip_ext.clip_grad_norm_(params, limits, per_tensor=True, backend=name)
+        norm = gradclip_ext.clip_grad_norm_(params, limit, zero_if_nonfinite=True, backend=name)
+        return [norm, norms, stats.total_norm, stats.norms, stats.absmax, stats.zeros]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(params)
+    for _ in range(2):
+        limit.uniform_()
+        limits.uniform_()
+        for param, twin in zip(params, twins):
+            param.grad.normal_()
+            twin.grad.copy_(param.grad)
+            twin.data.copy_(param.data)
+        graph.replay()
+        for found, expected in zip(captured, step(twins)):
+            assert torch.equal(found, expected)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(params, twins))
+
+
 FIRST_CALL_IS_CAPTURED = """
 import torch, gradclip_ext
 

@@ -4,9 +4,11 @@
 #include "emulator.h"  // first: it defines what nvcc has built in
 // clang-format on
 
+#include "cuda/adaptive.cuh"
 #include "cuda/clamp.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/norm_float64.cuh"
+#include "cuda/per_tensor_float64.cuh"
 #include "cuda/scale.cuh"
 
 using namespace gradclip;
@@ -34,15 +36,27 @@ void for_each_launch(const TensorList& list, unsigned blocks, unsigned first_blo
   }
 }
 
+Limits make_limits(double max_norm, const void* values, int are_float64, int stride,
+                   int zero_if_nonfinite) {
+  Limits limits = {};
+  limits.max_norm = max_norm;
+  limits.values = values;
+  limits.are_float64 = are_float64 != 0;
+  limits.stride = stride;
+  limits.zero_if_nonfinite = zero_if_nonfinite != 0;
+  return limits;
+}
+
 }  // namespace
 
 extern "C" {
 
 /// Writes the norm and the coefficient to `results`. `partials` holds two doubles per chunk, which
-/// the caller has poisoned.
+/// the caller has poisoned. A null `limit` stands for `max_norm`.
 void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
-                   double norm_type, double max_norm, int is_float64, unsigned blocks,
-                   unsigned first_block, double* partials, unsigned* arrivals, void* results) {
+                   double norm_type, double max_norm, const void* limit, int limit_is_float64,
+                   int zero_if_nonfinite, int is_float64, unsigned blocks, unsigned first_block,
+                   double* partials, unsigned* arrivals, void* results) {
   const TensorList list = make_list(tensors, data, numel, dtypes);
   NormOutput out = {};
   out.partials = partials;
@@ -50,7 +64,7 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
   out.total_norm = results;
   out.clip_coef = static_cast<char*>(results) + (is_float64 ? 8 : 4);
   out.is_float64 = is_float64 != 0;
-  out.rule = {max_norm};
+  out.limits = make_limits(max_norm, limit, limit_is_float64, 0, zero_if_nonfinite);
   const bool in_float32 =
       !is_float64 && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
   for_each_launch(list, blocks, first_block, [&](const auto& table, bool is_last) {
@@ -69,10 +83,47 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
 }
 
 void emulated_scale(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
-                    const void* clip_coef, int is_float64, unsigned blocks) {
+                    const void* coefs, int are_float64, int stride, unsigned blocks) {
   const TensorList list = make_list(tensors, data, numel, dtypes);
   for_each_launch(list, blocks, 0, [&](const auto& table, bool) {
-    scale_kernel(table, clip_coef, is_float64 != 0);
+    scale_kernel(table, Coefficients{coefs, stride, are_float64 != 0});
+  });
+}
+
+/// Writes norms, coefficients and statistics where these are not null. `partials` holds four
+/// doubles per chunk, which the caller has poisoned; `limits` one limit for each tensor that has
+/// elements, or null for `max_norm`.
+void emulated_tensors(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
+                      double norm_type, double max_norm, const void* limits, int limits_are_float64,
+                      int stride, int zero_if_nonfinite, int is_float64, unsigned blocks,
+                      unsigned first_block, void* partials, unsigned* arrivals, void* norms,
+                      void* coefs, double* statistics) {
+  const TensorList list = make_list(tensors, data, numel, dtypes);
+  TensorOutput out = {};
+  out.partials = partials;
+  out.arrivals = arrivals;
+  out.chunks = list.chunks();
+  out.tensors = list.size();
+  out.norms = norms;
+  out.clip_coefs = coefs;
+  out.statistics = statistics;
+  out.is_float64 = is_float64 != 0;
+  out.largest_is_norm = std::isinf(norm_type);
+  out.limits = make_limits(max_norm, limits, limits_are_float64, stride, zero_if_nonfinite);
+  const bool in_float32 = !list.holds(DType::kFloat64) &&
+                          (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
+  for_each_launch(list, blocks, first_block, [&](const auto& table, bool is_last) {
+    TensorOutput launch_out = out;
+    launch_out.is_last_launch = is_last;
+    if (!in_float32) {
+      tensors_float64_kernel(table, launch_out, norm_type);
+    } else if (norm_type == 1.0) {
+      tensors_kernel<L1, StatisticsPartial>(table, launch_out);
+    } else if (statistics != nullptr || out.largest_is_norm) {
+      tensors_kernel<L2, StatisticsPartial>(table, launch_out);
+    } else {
+      tensors_kernel<L2, NormPartial>(table, launch_out);
+    }
   });
 }
 

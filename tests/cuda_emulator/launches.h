@@ -13,9 +13,11 @@
 #include "emulator.h"  // after the C++ library, which uses some of its macros' names
 // clang-format on
 
+#include "cuda/adaptive.cuh"
 #include "cuda/clamp.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/norm_float64.cuh"
+#include "cuda/per_tensor_float64.cuh"
 #include "cuda/scale.cuh"
 
 #undef gridDim  // also a field of cudaLaunchConfig_t
@@ -42,6 +44,18 @@ void check(const gradclip::LaunchTable<kCapacity>& table, int device) {
     const Memory* memory = memory_at(table.data[t], bytes);
     if (memory == nullptr || memory->device != device) {
       stop("a gradient is not in memory of the kernel's device");
+    }
+  }
+}
+
+inline void check(const gradclip::cuda::UnitTable& table, int device) {
+  for (int t = 0; t < table.tensors; ++t) {
+    const int64_t numel = table.units[t] * table.unit_numel[t];
+    const Memory* grad = memory_at(table.grads[t], numel * item_size(table.grad_dtypes[t]));
+    const Memory* weight = memory_at(table.weights[t], numel * item_size(table.weight_dtypes[t]));
+    if (grad == nullptr || weight == nullptr || grad->device != device ||
+        weight->device != device) {
+      stop("a gradient or weight is not in memory of the kernel's device");
     }
   }
 }
@@ -88,6 +102,10 @@ void add_kernels(std::map<std::string, Launch>& ours) {
   add_kernel<&norm_float64_kernel<Table>>(ours);
   add_kernel<&scale_kernel<Table>>(ours);
   add_kernel<&clamp_kernel<Table>>(ours);
+  add_kernel<&tensors_kernel<L2, NormPartial, Table>>(ours);
+  add_kernel<&tensors_kernel<L1, StatisticsPartial, Table>>(ours);
+  add_kernel<&tensors_kernel<L2, StatisticsPartial, Table>>(ours);
+  add_kernel<&tensors_float64_kernel<Table>>(ours);
 }
 
 inline Launch launch_of(const std::string& name) {
@@ -95,6 +113,7 @@ inline Launch launch_of(const std::string& name) {
     std::map<std::string, Launch> added;
     add_kernels<gradclip::kSmallLaunchTensors>(added);
     add_kernels<gradclip::kLargeLaunchTensors>(added);
+    add_kernel<&gradclip::cuda::adaptive_kernel>(added);
     return added;
   }();
   const auto found = ours.find(name);

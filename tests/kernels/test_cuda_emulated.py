@@ -14,6 +14,7 @@ import torch
 from toolkit import ROOT, find_toolkit
 
 from gradclip_ext import reference
+from gradclip_ext.norms import Rule
 
 TOOLKIT = find_toolkit()
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum DType
@@ -55,24 +56,57 @@ def address(tensor):
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def norm(kernels, tensors, p=2.0, *, max_norm=1.0, blocks=3, first_block=0):
-    """Return (total_norm, clip_coef); scratch memory is poisoned with NaN before."""
+def norm(kernels, tensors, p=2.0, *, max_norm=1.0, zero_if_nonfinite=False, blocks=3, first_block=0):
+    """Return (total_norm, clip_coef); scratch memory is poisoned with NaN before.
+
+    The limit is a number, or a tensor that the kernel reads.
+    """
+    number, limit, are_float64 = as_limit(max_norm)
     is_float64 = any(t.dtype == torch.float64 for t in tensors)
     listed = as_arguments(tensors)
     partials = torch.full((2 * kernels.emulated_chunks(*listed),), math.nan, dtype=torch.float64)
     results = torch.full((2,), math.nan, dtype=torch.float64 if is_float64 else torch.float32)
     arrivals = torch.zeros(1, dtype=torch.int32)
     kernels.emulated_norm(
-        *listed, ctypes.c_double(p), ctypes.c_double(max_norm), int(is_float64), blocks, first_block,
-        address(partials), address(arrivals), address(results),
+        *listed, ctypes.c_double(p), number, limit, are_float64, int(zero_if_nonfinite), int(is_float64),
+        blocks, first_block, address(partials), address(arrivals), address(results),
     )  # fmt: skip
     assert arrivals.item() == 0, "the counter is not ready for the next launch"
     return results[0].item(), results[1].item()
 
 
+def as_limit(max_norm):
+    """Return a number, an address, and whether a double is there."""
+    if not isinstance(max_norm, torch.Tensor):
+        return ctypes.c_double(max_norm), ctypes.c_void_p(), 0
+    return ctypes.c_double(math.nan), address(max_norm), int(max_norm.dtype == torch.float64)
+
+
 def scale_(kernels, tensors, coef, blocks=3):
+    """Scale by a 0-d coefficient, or by a vector with one for each tensor that is not empty."""
     is_float64 = coef.dtype == torch.float64
-    kernels.emulated_scale(*as_arguments(tensors), address(coef), int(is_float64), blocks)
+    kernels.emulated_scale(*as_arguments(tensors), address(coef), int(is_float64), coef.dim(), blocks)
+
+
+def each(kernels, tensors, p=2.0, *, max_norm=1.0, zero_if_nonfinite=False, blocks=3, first_block=0):
+    """Return the norms and coefficients of the tensors that are not empty, and their statistics with the norm
+    of all: (norms, coefs, total_norm, rows)."""
+    is_float64 = any(t.dtype == torch.float64 for t in tensors)
+    number, limit, are_float64 = as_limit(max_norm)
+    stride = max_norm.dim() if isinstance(max_norm, torch.Tensor) else 0
+    listed, count = as_arguments(tensors), sum(t.numel() > 0 for t in tensors)
+    dtype = torch.float64 if is_float64 else torch.float32
+    results = torch.full((2, count), math.nan, dtype=dtype)
+    statistics = torch.full((1 + 4 * count,), math.nan, dtype=torch.float64)
+    for addresses in ((address(results[0]), address(results[1]), None), (None, None, address(statistics))):
+        partials = torch.full((4 * kernels.emulated_chunks(*listed),), math.nan, dtype=torch.float64)
+        arrivals = torch.zeros(1, dtype=torch.int32)
+        kernels.emulated_tensors(
+            *listed, ctypes.c_double(p), number, limit, are_float64, stride, int(zero_if_nonfinite),
+            int(is_float64), blocks, first_block, address(partials), address(arrivals), *addresses,
+        )  # fmt: skip
+        assert arrivals.item() == 0, "the counter is not ready for the next launch"
+    return *results, statistics[0], statistics[1:].view(4, count)
 
 
 def clamp_(kernels, tensors, low, high, blocks=3):
@@ -173,6 +207,134 @@ def test_a_coefficient_of_one_writes_nothing_and_nan_writes_nan(kernels):
     assert torch.equal(tensor, before)
     scale_(kernels, [tensor], torch.tensor(math.nan))
     assert tensor.isnan().all()
+
+
+@pytest.mark.parametrize("coef_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_coefficient_for_each(kernels, coef_dtype):
+    """Ragged and misaligned tensors of all dtypes, several chunks and launches.
+
+    Where a coefficient is 1 or more, nothing is written; where it is -1, even NaN becomes +0.0.
+    """
+    tensors = [t for t in gradients(tuple(DTYPES), sizes=(1, 0, 63, 70000, 4097) * 10) if t.numel()]
+    choices = torch.tensor([0.25, 1.0, -1.0, 0.123456789, 3.0, 0.0, math.nan], dtype=coef_dtype)
+    coefs = choices.repeat(6)[: len(tensors)].contiguous()
+    for tensor in tensors:
+        tensor[-1] = math.nan
+        tensor[0] = -1.5
+    before = [t.clone() for t in tensors]
+    scale_(kernels, tensors, coefs)
+    for tensor, old, coef in zip(tensors, before, coefs):
+        if coef >= 1.0:
+            expected = old
+        elif coef < 0.0:
+            expected = torch.zeros_like(old)
+            assert not tensor.signbit().any()
+        else:
+            expected = torch._foreach_mul([old], coef)[0]
+        assert torch.equal(tensor.isnan(), expected.isnan())
+        assert torch.equal(tensor.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [tuple(DTYPES)], ids=str)
+def test_zeroing_all(kernels, dtypes):
+    tensors = gradients(dtypes)
+    tensors[3][7], tensors[4][:2] = math.nan, math.inf
+    scale_(kernels, tensors, torch.tensor(-1.0))
+    assert not any(t.any() or t.signbit().any() for t in tensors)
+
+
+@pytest.mark.parametrize("zero_if_nonfinite", [False, True])
+@pytest.mark.parametrize("is_float64", [False, True])
+@pytest.mark.parametrize("limit_dtype", [None, torch.float32, torch.float64], ids=str)
+def test_the_rule_is_that_of_norms_py(kernels, limit_dtype, is_float64, zero_if_nonfinite):
+    dtype = torch.float64 if is_float64 else torch.float32
+    for value in (3.0, 0.0, math.nan, math.inf):
+        tensors = [torch.tensor([value, 4.0], dtype=dtype), torch.randn(70000, dtype=dtype)]
+        for limit in (0.0, 0.7, 1e9, 1e300, math.inf, -2.0, math.nan):
+            if limit_dtype is None and not limit >= 0.0:
+                continue
+            given = limit if limit_dtype is None else torch.tensor(limit, dtype=limit_dtype)
+            total, coef = norm(kernels, tensors, max_norm=given, zero_if_nonfinite=zero_if_nonfinite)
+            rule = Rule(given, zero_if_nonfinite=zero_if_nonfinite)
+            expected = float(rule.clip_coef(torch.tensor(total, dtype=dtype)))
+            assert coef == expected or (math.isnan(coef) and math.isnan(expected)), (value, limit)
+
+
+# ---------------------------------------------------------------- results for each tensor
+
+# One chunk and many, empty tensors, tensors of a tile and of less; more than the 16 that a launch holds.
+RAGGED = (1, 0, 63, 70000, 4097, 16384, 0, 33000, 300000, *[7, 20000] * 9)
+
+
+def with_specials(tensors):
+    """Spoil some tensors with zeros of both signs, NaN and infinities."""
+    for index, tensor in enumerate(t for t in tensors if t.numel() > 3):
+        tensor[:2] = torch.tensor([0.0, -0.0])
+        if index % 3:
+            tensor[[2, -1]] = (math.nan, math.inf, -math.inf)[index % 4 % 3]
+    return tensors
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [HALVES, tuple(DTYPES)], ids=str)
+def test_norms_have_the_bits_of_each_tensor_alone(kernels, dtypes, p):
+    tensors = gradients(dtypes, sizes=RAGGED)
+    norms, coefs, total, rows = each(kernels, tensors, p, max_norm=0.5)
+    with_elements = [t for t in tensors if t.numel()]
+    if len(dtypes) < len(DTYPES):
+        alone = [norm(kernels, [t], p, max_norm=0.5) for t in with_elements]
+        assert [*zip(norms.tolist(), coefs.tolist())] == alone
+        assert float(total.to(norms.dtype)) == norm(kernels, tensors, p)[0]
+    else:  # one float64 tensor takes all to float64 arithmetic
+        expected = [reference.total_norm([t], p) for t in with_elements]
+        torch.testing.assert_close(norms, torch.tensor(expected).double(), rtol=NORM_TOLERANCE, atol=0.0)
+    assert torch.equal(rows[0].to(norms.dtype), norms)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [HALVES, tuple(DTYPES)], ids=str)
+def test_statistics(kernels, dtypes, p):
+    tensors = with_specials(gradients(dtypes, sizes=RAGGED))
+    _, _, total, rows = each(kernels, tensors, p)
+    exact = reference.statistics([t for t in tensors if t.numel()], p)
+    for index, expected in enumerate(exact):
+        norm, largest, zeros, nonfinite = rows[:, index].tolist()
+        assert norm == pytest.approx(float(expected.norm), rel=NORM_TOLERANCE, nan_ok=True)
+        assert largest == float(expected.absmax) or (math.isnan(largest) and math.isnan(expected.absmax))
+        assert (zeros, nonfinite) == (expected.zeros, expected.nonfinite)
+    assert total.isnan()
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0])
+def test_results_for_each_do_not_depend_on_the_grid(kernels, p):
+    tensors = gradients(HALVES, sizes=RAGGED)
+    first = each(kernels, tensors, p, blocks=1)
+    for blocks, first_block in ((4, 2), (7, 6)):
+        for one, other in zip(first, each(kernels, tensors, p, blocks=blocks, first_block=first_block)):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-25, 1e-42])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_tensors_that_leave_the_range_of_float32(kernels, p, size):
+    tensors = [torch.rand(5000) * size, torch.zeros(3000), torch.rand(70000), torch.rand(70000) * size]
+    norms, _, _, rows = each(kernels, tensors, p)
+    for index, tensor in enumerate(tensors):
+        expected = reference.total_norm([tensor], p)
+        assert norms[index].item() == pytest.approx(expected, rel=1e-6, abs=1.5e-45)
+        assert rows[0, index].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("zero_if_nonfinite", [False, True])
+@pytest.mark.parametrize("limit_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_limit_for_each(kernels, limit_dtype, zero_if_nonfinite):
+    tensors = with_specials(gradients(HALVES, sizes=RAGGED))
+    count = sum(t.numel() > 0 for t in tensors)
+    limits = torch.tensor([0.5, 1e9, -1.0, math.nan, math.inf, 0.0, 1e300], dtype=limit_dtype).repeat(4)
+    limits = limits[:count].contiguous()
+    norms, coefs, _, _ = each(kernels, tensors, max_norm=limits, zero_if_nonfinite=zero_if_nonfinite)
+    expected = Rule(limits, zero_if_nonfinite=zero_if_nonfinite).clip_coef(norms)
+    assert torch.equal(coefs.nan_to_num(-7.0), expected.nan_to_num(-7.0))
 
 
 @pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [tuple(DTYPES)], ids=str)

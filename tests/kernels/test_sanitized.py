@@ -11,7 +11,7 @@ from cases import REAL_DTYPES, clones, grads_of, over_real_dtypes
 from oracle import parameter
 
 import gradclip_ext
-from gradclip_ext import backends
+from gradclip_ext import backends, reference
 
 WHY_NOT = backends.ALL["cuda"].why_unavailable(torch.device("cuda"))
 pytestmark = [
@@ -49,3 +49,28 @@ def test_values_out_of_the_range_of_float32_squares() -> None:
         before = clones(grads_of(params))
         norm = gradclip_ext.clip_grad_norm_(params, math.inf, backend="cuda")
         oracle.assert_norm(norm, before, 2.0)
+
+
+@over_real_dtypes
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+def test_results_for_each_tensor(dtype: torch.dtype, p: float) -> None:
+    params = [parameter(torch.randn(s, device="cuda").to(dtype)) for s in SHAPES]
+    params.append(parameter(params[0].grad.clone()[1:]))  # misaligned
+    before = clones(grads_of(params))
+    stats = gradclip_ext.get_grad_stats(params, p, backend="cuda")
+    norms = gradclip_ext.clip_grad_norm_(params, 0.5, p, per_tensor=True, backend="cuda")
+    torch.testing.assert_close(stats.norms.to(norms.dtype), norms, rtol=1e-6, atol=0.0)
+    for param, old, norm in zip(params, before, norms):
+        oracle.assert_norm(norm, [old], p)
+        oracle.assert_scaled([param.grad], [old], norm, 0.5)
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_adaptive_clipping(p: float) -> None:
+    """Units for a warp, for a block, and for all blocks."""
+    for shape in ((129, 65), (3, 20_001), (2, 100_000), (300_001,)):
+        weight = torch.nn.Parameter(torch.randn(shape, device="cuda"))
+        weight.grad = torch.randn(shape, device="cuda")
+        (expected,) = reference.adaptive_clip([weight.grad.clone()], [weight.detach()], 0.05, 1e-3, p)
+        gradclip_ext.adaptive_clip_grad_([weight], 0.05, 1e-3, p, backend="cuda")
+        torch.testing.assert_close(weight.grad.cpu().double(), expected.double(), rtol=2e-6, atol=0.0)

@@ -12,7 +12,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cpu/operations.h"
 #include "cuda/launch.h"
@@ -144,10 +146,25 @@ Pointer at(uint64_t address) {
   return reinterpret_cast<Pointer>(address);
 }
 
+/// Limits as Python passes them: a number, or an address, whether doubles are there, and the
+/// stride; and whether a non-finite norm zeroes.
+using PythonLimits = std::tuple<double, uint64_t, bool, int32_t, bool>;
+
+cuda::Limits limits_from(const PythonLimits& from) {
+  cuda::Limits limits{};
+  limits.max_norm = std::get<0>(from);
+  limits.values = at<const void*>(std::get<1>(from));
+  limits.are_float64 = std::get<2>(from);
+  limits.stride = std::get<3>(from);
+  limits.zero_if_nonfinite = std::get<4>(from);
+  return limits;
+}
+
 /// Enqueues the norm and the coefficient. `scratch` has norm_scratch_bytes(list) bytes of the
 /// device, 16-byte aligned. `is_pool_stream`: the stream lives as long as the process.
-void norm(const HeldList& list, double p, double max_norm, bool is_float64, uint64_t total_norm,
-          uint64_t clip_coef, uint64_t scratch, uint64_t stream, bool is_pool_stream) {
+void norm(const HeldList& list, double p, const PythonLimits& limits, bool is_float64,
+          uint64_t total_norm, uint64_t clip_coef, uint64_t scratch, uint64_t stream,
+          bool is_pool_stream) {
   cuda::NormBuffers buffers{};
   buffers.scratch = at<void*>(scratch);
   buffers.total_norm = at<void*>(total_norm);
@@ -155,17 +172,47 @@ void norm(const HeldList& list, double p, double max_norm, bool is_float64, uint
   buffers.is_float64 = is_float64;
   const py::gil_scoped_release release;  // a launch waits where a thousand others are queued
   const DeviceGuard guard(list.device_index);
-  check(cuda::launch_norm(list.spans, p, Rule{max_norm}, buffers, at<cudaStream_t>(stream),
+  check(cuda::launch_norm(list.spans, p, limits_from(limits), buffers, at<cudaStream_t>(stream),
                           is_pool_stream));
 }
 
-/// Enqueues the multiplication by a coefficient on the device, a float or, with `is_float64`, a
-/// double.
-void scale(const HeldList& list, uint64_t clip_coef, bool is_float64, uint64_t stream) {
+/// Enqueues the multiplication by one coefficient on the device or, with `stride` 1, by one for
+/// each tensor that has elements: floats or, with `are_float64`, doubles.
+void scale(const HeldList& list, uint64_t coefs, bool are_float64, int32_t stride,
+           uint64_t stream) {
   const py::gil_scoped_release release;
   const DeviceGuard guard(list.device_index);
-  check(cuda::launch_scale(list.spans, at<const void*>(clip_coef), is_float64,
+  check(cuda::launch_scale(list.spans, {at<const void*>(coefs), stride, are_float64},
                            at<cudaStream_t>(stream)));
+}
+
+/// Enqueues the norms of the tensors that have elements and, unless their addresses are null, the
+/// coefficients and the statistics. `scratch` has tensors_scratch_bytes(list), 16-byte aligned.
+void tensors(const HeldList& list, double p, const PythonLimits& limits, bool is_float64,
+             uint64_t norms, uint64_t clip_coefs, uint64_t statistics, uint64_t scratch,
+             uint64_t stream, bool is_pool_stream) {
+  cuda::TensorBuffers buffers{};
+  buffers.scratch = at<void*>(scratch);
+  buffers.norms = at<void*>(norms);
+  buffers.clip_coefs = at<void*>(clip_coefs);
+  buffers.statistics = at<double*>(statistics);
+  buffers.is_float64 = is_float64;
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(list.device_index);
+  check(cuda::launch_tensors(list.spans, p, limits_from(limits), buffers, at<cudaStream_t>(stream),
+                             is_pool_stream));
+}
+
+/// Enqueues adaptive clipping. `units`: of each tensor that has elements. `scratch` has
+/// adaptive_scratch_bytes(grads, weights, units), 16-byte aligned.
+void clip_adaptive(const HeldList& grads, const HeldList& weights,
+                   const std::vector<int64_t>& units, double p, double clip_factor, double eps,
+                   uint64_t scratch, uint64_t stream, bool is_pool_stream) {
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(grads.device_index);
+  check(cuda::launch_clip_adaptive({grads.spans, weights.spans, units.data()},
+                                   {p, clip_factor, eps}, at<void*>(scratch),
+                                   at<cudaStream_t>(stream), is_pool_stream));
 }
 
 /// Enqueues the clamp to [min, max].
@@ -183,6 +230,14 @@ void define_cuda(py::module_& m) {
         [](const HeldList& list) { return cuda::norm_scratch_bytes(list.spans); });
   m.def("cuda_norm", &norm);
   m.def("cuda_scale_", &scale);
+  m.def("cuda_tensors_scratch_bytes",
+        [](const HeldList& list) { return cuda::tensors_scratch_bytes(list.spans); });
+  m.def("cuda_tensors", &tensors);
+  m.def("cuda_adaptive_scratch_bytes",
+        [](const HeldList& grads, const HeldList& weights, const std::vector<int64_t>& units) {
+          return cuda::adaptive_scratch_bytes({grads.spans, weights.spans, units.data()});
+        });
+  m.def("cuda_clip_adaptive_", &clip_adaptive);
   m.def("cuda_clamp_", &clamp);
 }
 
