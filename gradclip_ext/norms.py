@@ -166,7 +166,7 @@ class AdaptiveRule(NamedTuple):
 
     def clip_coef(self, norm: Tensor, weight_norm: Tensor) -> Tensor:
         """Return limit / norm where the norm is not below the limit, clip_factor * max(weight_norm, eps), and
-        1 elsewhere. AdaptiveRule in csrc/cpu/operations.h is the same."""
+        1 elsewhere. AdaptiveRule in csrc/core/rule.h is the same."""
         limit = weight_norm.clamp(min=self.eps) * self.clip_factor
         return torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6))
 

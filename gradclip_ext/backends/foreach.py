@@ -131,19 +131,6 @@ class ForeachBackend:
                 grad.clamp_(min, max)
 
 
-class SegmentsByForeach:
-    """What backends inherit whose kernels have no results for each tensor."""
-
-    def clip_each_(self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype) -> Tensor:
-        return ForeachBackend().clip_each_(tensors, norm_type, rule, dtype)
-
-    def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
-        return ForeachBackend().statistics(tensors, norm_type)
-
-    def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
-        ForeachBackend().clip_adaptive_(grads, weights, rule)
-
-
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
     """Multiply by a 0-d coefficient. As a Python number it would be rounded to bfloat16 along with the
     gradient and cost four times the host time."""
