@@ -14,7 +14,7 @@ import pytest
 import torch
 from optimizers import FUSED, assert_same_training, deliver, params_of, random_grads
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip_ext import skip_step_, skipping
