@@ -94,8 +94,11 @@ class ForeachBackend:
         with_elements = [norm for norm, t in zip(norms.unbind(), tensors.tensors) if t.numel() > 0]
         total = combine_norms(with_elements, norm_type) if with_elements else norms.new_zeros(())
         zeros = torch.stack([t.numel() - torch.count_nonzero(t) for t in tensors.tensors])
-        nonfinite = torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors.tensors])
         largest = norms if norm_type == math.inf else self._norms(tensors, math.inf)
+        if host_sees(largest) and largest.isfinite().all():
+            nonfinite = torch.zeros_like(zeros)
+        else:
+            nonfinite = torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors.tensors])
         return torch.cat([total.reshape(1), norms, largest, zeros.to(wide), nonfinite.to(wide)])
 
     def _norms(self, tensors: TensorList, norm_type: float) -> Tensor:
@@ -115,6 +118,8 @@ class ForeachBackend:
             coef = rule.clip_coef(norm, weight_norm)
             if host_sees(coef) and (coef == 1.0).all():
                 continue
+            if grad.dtype not in (torch.float64, torch.complex128):
+                coef = coef.to(torch.float32)  # torch would multiply in float64, several times slower
             # Not a 0-d tensor, which would be rounded to the gradient's dtype first.
             grad.copy_(grad * coef) if grad.dim() == 0 else grad.mul_(coef)
 
