@@ -219,7 +219,7 @@ def training(
             style: dict[str, Any] = (
                 {"color": "#c9b27c", "linewidth": 4.0}
                 if number == 0
-                else {"color": _SHADES[(number - 1) % 6], "linewidth": 1.0, "linestyle": _LINES[number % 6]}
+                else {"color": _SHADES[number % 6], "linewidth": 1.0, "linestyle": _LINES[number % 6]}
             )
             axis.plot(range(1, len(values) + 1), values, label=name, **style)
         axis.grid(alpha=0.3)
@@ -229,7 +229,8 @@ def training(
     bottom.set_ylabel("gradient norm before clipping")
     bottom.set_yscale("log")
     bottom.yaxis.set_major_formatter("{x:g}")
-    bottom.yaxis.set_minor_formatter("{x:g}")
+    low, high = bottom.get_ylim()
+    bottom.yaxis.set_minor_formatter("{x:g}" if high < 100 * low else "")  # more would lie on each other
     bottom.set_xlabel("step")
     top.legend()
     bottom.legend()
