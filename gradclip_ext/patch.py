@@ -20,6 +20,9 @@ _REPLACEMENTS: dict[_Place, Callable[..., Any]] = {
     (torch.nn.utils, "get_total_norm"): clip.get_total_norm,
     (torch.nn.utils.clip_grad, "clip_grad_norm_"): clip.clip_grad_norm_,
     (torch.nn.utils.clip_grad, "clip_grad_value_"): clip.clip_grad_value_,
+    # Under these names other libraries import the two halves (verl's fsdp_utils, and copies of it).
+    (torch.nn.utils.clip_grad, "_clip_grads_with_norm_"): clip.clip_grads_with_norm_,
+    (torch.nn.utils.clip_grad, "_get_total_norm"): clip.get_total_norm,
 }
 # What was there before the first patch is kept in torch's module, where a reload of this one finds it. It is
 # there for as long as the patch is.
@@ -76,8 +79,9 @@ def patch_torch() -> _Patch:
 
     Reaches code that looks the functions up in ``torch.nn.utils`` or
     ``torch.nn.utils.clip_grad`` when it calls them, as transformers, accelerate and
-    Lightning do; a name imported earlier with ``from torch.nn.utils import ...`` keeps
-    pointing at torch's function.
+    Lightning do, also by the private names ``_get_total_norm`` and ``_clip_grads_with_norm_``.
+    A name imported earlier with ``from torch.nn.utils import ...`` keeps pointing at torch's
+    function.
     Idempotent and not counted: however often it was called, one :func:`unpatch_torch`
     restores torch.
 

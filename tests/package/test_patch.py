@@ -19,7 +19,7 @@ NAMES = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_to
 PLACES = [
     (module, name)
     for module in (torch.nn.utils, torch.nn.utils.clip_grad)
-    for name in NAMES
+    for name in (*NAMES, "_get_total_norm", "_clip_grads_with_norm_")
     if hasattr(module, name)
 ]
 ORIGINALS = [getattr(module, name) for module, name in PLACES]
@@ -28,7 +28,7 @@ ORIGINALS = [getattr(module, name) for module, name in PLACES]
 def patched() -> bool:
     """Tell whether all places hold our functions; anything in between fails."""
     here = [getattr(module, name) for module, name in PLACES]
-    ours = [getattr(gradclip_ext, name) for _, name in PLACES]
+    ours = [getattr(gradclip_ext, name.removeprefix("_")) for _, name in PLACES]
     assert here in (ours, ORIGINALS)
     return here == ours
 
@@ -42,7 +42,7 @@ def _restored() -> Iterator[None]:
 
 
 def test_there_is_something_to_patch() -> None:
-    assert len(PLACES) == 6, PLACES
+    assert len(PLACES) == 8, PLACES
 
 
 def test_patch_and_unpatch() -> None:
@@ -145,6 +145,18 @@ def test_reaches_code_that_looks_up_at_call_time() -> None:
                 oracle.assert_norm(norm, before, 2.0)
                 oracle.assert_scaled(grads_of(params), before, norm, 0.5)
         unpatch_torch()
+
+
+def test_reaches_the_two_halves_by_their_private_names() -> None:
+    """As verl has them, imported when they are called. torch's norm of these is inf, and all gradients 0."""
+    param = parameter(torch.full((100_000,), 300.0, dtype=torch.float16))
+    before = clones(grads_of([param]))
+    with patch_torch():
+        halves = torch.nn.utils.clip_grad
+        norm = halves._get_total_norm([param.grad], 2.0, False, None)
+        halves._clip_grads_with_norm_([param], 1.0, norm, None)
+    oracle.assert_norm(norm, before, 2.0)
+    oracle.assert_scaled(grads_of([param]), before, norm, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:.*clip_grad_norm.*deprecated:FutureWarning")
