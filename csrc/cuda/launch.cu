@@ -111,10 +111,11 @@ constexpr int kBlocksPerMultiprocessor = 4;  // resident at once, by the kernels
 /// As many blocks as are resident at once, but no more than have a tile, or a small tensor, for
 /// each of their warps.
 template <typename Table>
-unsigned blocks_for(const TensorList& list, const Table& table, const Device& device) {
+unsigned blocks_for(const TensorList& list, const Table& table, const Device& device,
+                    int per_multiprocessor = kBlocksPerMultiprocessor) {
   const int64_t chunks = table.chunks();
   const int64_t useful = list.bytes() / (kWarps * kTileBytes) + chunks / kWarps + 1;
-  const int64_t resident = int64_t{kBlocksPerMultiprocessor} * device.multiprocessors;
+  const int64_t resident = int64_t{per_multiprocessor} * device.multiprocessors;
   return static_cast<unsigned>(std::min({chunks, useful, resident}));
 }
 
@@ -215,10 +216,11 @@ cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutp
   const auto launch = [&](const auto& table, const Device& device, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.is_last_launch = is_last;
-    const unsigned blocks = blocks_for(list, table, device);
     if (!is_in_float32(list, norm_type)) {
+      const unsigned blocks = blocks_for(list, table, device, kTensorsFloat64Blocks);
       return enqueue(tensors_float64_kernel<Table>, blocks, false, stream, table, out, norm_type);
     }
+    const unsigned blocks = blocks_for(list, table, device);
     // Of another order than 2, norms come from the kernel for statistics.
     const auto kernel = norm_type == 1.0            ? tensors_kernel<L1, StatisticsPartial, Table>
                         : out.statistics != nullptr ? tensors_kernel<L2, StatisticsPartial, Table>

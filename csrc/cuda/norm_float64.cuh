@@ -12,8 +12,11 @@ struct ScaledSum {
   double sum;      // of (|x| / largest)^p; 0 if `largest` is 0, inf or NaN
 };
 
+/// A call: inlined wherever a power is computed, pow takes registers from the loops around it.
+__device__ __noinline__ double general_power(double ratio, double p) { return pow(ratio, p); }
+
 __device__ inline double power(double ratio, double p) {
-  return p == 2.0 ? ratio * ratio : p == 1.0 ? ratio : pow(ratio, p);
+  return p == 2.0 ? ratio * ratio : p == 1.0 ? ratio : general_power(ratio, p);
 }
 
 __device__ inline bool can_divide_by(double largest) { return largest > 0.0 && largest < INFINITY; }
@@ -70,7 +73,7 @@ __device__ ScaledSum warp_scaled_sum(const T* x, int length, WarpTiles tiles, do
 
 /// The norm for a scaled sum.
 __device__ inline double norm_of(double largest, double sum, double p) {
-  return p < INFINITY && can_divide_by(largest) ? largest * pow(sum, 1.0 / p) : largest;
+  return p < INFINITY && can_divide_by(largest) ? largest * general_power(sum, 1.0 / p) : largest;
 }
 
 /// Returns the norm to thread 0, from partials in two passes, so that no power depends on another
@@ -90,6 +93,13 @@ __device__ double norm_of_partials(const Partial* partials, int64_t chunks, doub
     }
   }
   return norm_of(largest, block_reduce<L1>(sum, shared), p);
+}
+
+/// Completes the norm. A call: inlined, it takes registers from the loop before it.
+__device__ __noinline__ void finalize_float64(const NormOutput& out, double p) {
+  const double norm =
+      norm_of_partials(reinterpret_cast<const ScaledSum*>(out.partials), out.chunks, p);
+  if (threadIdx.x == 0) write_norm(out, norm);
 }
 
 /// Contract: as norm_kernel, for tables of any dtype; out.partials holds one ScaledSum per chunk.
@@ -115,9 +125,7 @@ __global__ __launch_bounds__(kThreads,
     __syncthreads();
   });
   if (out.scale_follows()) let_next_kernel_launch();
-  if (out.arrivals == nullptr || !is_last_block(out.arrivals)) return;
-  const double norm = norm_of_partials(partials, out.chunks, p);
-  if (threadIdx.x == 0) write_norm(out, norm);
+  if (out.arrivals != nullptr && is_last_block(out.arrivals)) finalize_float64(out, p);
 }
 
 }  // namespace gradclip::cuda

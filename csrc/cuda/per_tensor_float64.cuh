@@ -7,6 +7,9 @@
 
 namespace gradclip::cuda {
 
+// Blocks per multiprocessor: with 4, as other kernels have, counts beside float64 sums would spill.
+constexpr int kTensorsFloat64Blocks = 3;
+
 __device__ inline bool is_zero(double x) { return x == 0.0; }
 
 /// Counts a warp's tiles once more, which are in cache by then.
@@ -41,7 +44,7 @@ __device__ __noinline__ void finalize_tensors_float64(const Table& table, const 
 /// Contract: as tensors_kernel, for tables of any dtype. In a partial, `sum` is scaled by
 /// `largest`.
 template <typename Table>
-__global__ __launch_bounds__(kThreads, 4) void tensors_float64_kernel(
+__global__ __launch_bounds__(kThreads, kTensorsFloat64Blocks) void tensors_float64_kernel(
     const __grid_constant__ Table table, const __grid_constant__ TensorOutput out, const double p) {
   __shared__ double shared[kWarps], counted[2][kWarps];
   auto* partials = static_cast<StatisticsPartial*>(out.partials);
