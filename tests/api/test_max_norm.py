@@ -127,6 +127,7 @@ def test_module_is_a_function(backend: Target) -> None:
 
 def test_limit_that_requires_grad(backend: Target) -> None:
     params = backend.parameters((5,))
+    grads_of(params)[0].fill_(1.0)  # whose norm is above the limit
     before = clones(grads_of(params))
     limit = torch.tensor(0.5, device=backend.device, requires_grad=True)
     for given in (limit, lambda n: limit):

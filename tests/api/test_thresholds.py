@@ -101,19 +101,12 @@ def test_as_published(setting: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: published.ZClip(alpha=0.9701),
-        lambda: published.ZClip(warmup_steps=26),
-        lambda: published.ZClip(max_norm=INF),
-        lambda: published.ZClip(eps=0.01, max_norm=INF),
-    ],
-    ids=["alpha", "warmup_steps", "max_norm", "eps"],
+    "wrong", [{"alpha": 0.9701}, {"warmup_steps": 26}, {"max_norm": 0.5}, {"eps": 0.01}], ids=str
 )
-def test_another_rule_is_noticed(wrong: Callable[[], Any]) -> None:
-    limit = wrong().max_norm if wrong().eps > 1e-3 else 1.0
+def test_another_rule_is_noticed(wrong: dict[str, Any]) -> None:
+    # Without a largest limit, which may hide what the rule says.
     with pytest.raises(AssertionError):
-        compare(ZClip(max_norm=limit), wrong(), sequence(400) * 0.5, EXACT)
+        compare(ZClip(max_norm=INF), published.ZClip(**{"max_norm": INF, **wrong}), sequence(400), EXACT)
 
 
 def test_an_order_of_updates_is_noticed() -> None:

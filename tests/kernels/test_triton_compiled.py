@@ -125,7 +125,7 @@ def test_no_registers_are_spilled(compiled: dict[str, Any]) -> None:
     for name, found in compiled["kernels"].items():
         if found["registers"] is None:
             pytest.skip("this Triton brings no cuobjdump")
-        spills = name.startswith("adaptive") or ("statistics_kernel" in name and "p=3" in name)
+        spills = name.startswith("adaptive") or "p=3" in name
         assert found["registers"] < 255 and found["local_bytes"] <= (48 if spills else 0), (name, found)
 
 
