@@ -50,6 +50,12 @@ class Call:
         with torch.cuda.device(self.device):
             self.captured = torch.cuda.is_current_stream_capturing()
         self.args, self.kwargs = tree_unflatten([self._converted(a) for a in flat], spec)
+        # A number in the place of a tensor reaches Python as a number, which the operation then refuses.
+        expected = [argument.type.kind() for argument in func._schema.arguments]
+        self.args = [
+            torch.tensor(a) if kind == "TensorType" and isinstance(a, (bool, int, float, complex)) else a
+            for a, kind in zip(self.args, expected)
+        ]
 
     def _converted(self, value: Any) -> Any:
         if isinstance(value, torch.device) and value.type == "cuda":
@@ -116,9 +122,17 @@ class OnCpu:
     def _captured(self, call: Call) -> Any:
         """Add the call to the graph. Computing it now serves only to know the shapes of its results."""
         before = [(twin, twin.clone()) for _, twin in call.twins]
-        results = tree_map(call.result, call.run())
+        for twin, _ in before:
+            if twin.dtype == torch.int64:  # an index that no call has computed yet may be anything
+                twin.zero_()
+        results = call.run()
+        for original, twin in call.twins:
+            if original.shape != twin.shape:  # an `out` that was resized
+                original.resize_(twin.shape)
+        results = tree_map(call.result, results)
         for twin, values in before:
-            twin.copy_(values)
+            if twin.shape == values.shape:
+                twin.copy_(values)
         outputs = tree_flatten(results)[0]
 
         def node() -> None:
