@@ -23,6 +23,8 @@ LAUNCH_NOTHING = {
     "new_empty", "new_empty_strided", "record_stream", "resize_", "set_",
 }  # fmt: skip
 WAIT = {"equal", "is_nonzero", "masked_select", "nonzero"}
+# The dtypes that hold Python's numbers as they are.
+WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 
 kept: list[Any] = []  # never freed: graphs call these functions
 
@@ -53,7 +55,7 @@ class Call:
         # A number in the place of a tensor reaches Python as a number, which the operation then refuses.
         expected = [argument.type.kind() for argument in func._schema.arguments]
         self.args = [
-            torch.tensor(a) if kind == "TensorType" and isinstance(a, (bool, int, float, complex)) else a
+            torch.tensor(a, dtype=WIDEST[type(a)]) if kind == "TensorType" and type(a) in WIDEST else a
             for a, kind in zip(self.args, expected)
         ]
 
