@@ -23,8 +23,6 @@ LAUNCH_NOTHING = {
     "new_empty", "new_empty_strided", "record_stream", "resize_", "set_",
 }  # fmt: skip
 WAIT = {"equal", "is_nonzero", "masked_select", "nonzero"}
-# The dtypes that hold Python's numbers as they are.
-WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 
 kept: list[Any] = []  # never freed: graphs call these functions
 
@@ -52,12 +50,10 @@ class Call:
         with torch.cuda.device(self.device):
             self.captured = torch.cuda.is_current_stream_capturing()
         self.args, self.kwargs = tree_unflatten([self._converted(a) for a in flat], spec)
-        # A number in the place of a tensor reaches Python as a number, which the operation then refuses.
-        expected = [argument.type.kind() for argument in func._schema.arguments]
-        self.args = [
-            torch.tensor(a, dtype=WIDEST[type(a)]) if kind == "TensorType" and type(a) in WIDEST else a
-            for a, kind in zip(self.args, expected)
-        ]
+        # A number in the place of a tensor arrives here as a number, which not every overload takes.
+        kinds = [argument.type.kind() for argument in func._schema.arguments]
+        if any(isinstance(a, (int, float, complex)) for a, k in zip(self.args, kinds) if k == "TensorType"):
+            self.func = func.overloadpacket
 
     def _converted(self, value: Any) -> Any:
         if isinstance(value, torch.device) and value.type == "cuda":
