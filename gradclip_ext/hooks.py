@@ -81,7 +81,7 @@ def register_clamp_hook(
         TypeError: an element is not a tensor.
         ValueError: both bounds are None, one is NaN, or min exceeds max.
         RuntimeError: a finite bound is beyond the range of a parameter's dtype, a parameter
-            is complex, or FSDP has taken the parameters over, whose hooks then never run.
+            is complex, or FSDP manages the parameters, whose hooks then never run.
             No exception leaves a hook behind. Inside backward: a gradient is sparse, and 0 is not between
             the bounds or it has another layout than COO.
 

@@ -188,8 +188,8 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def combine_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
     """Return the norm of a list from the norms of its parts, which are 0-d tensors of one device and dtype.
 
-    Never leaves the range where the result does not: the norms are divided by the dominant one before a
-    power is taken. Order 0 counts tensors, so the counts add up. NaN stays NaN.
+    Never leaves the range where the result does not: the norms are divided by the dominant one before they
+    are raised to a power. Order 0 counts tensors, so the counts add up. NaN stays NaN.
     """
     stacked = torch.stack(list(norms))
     if norm_type == 0.0:
