@@ -48,7 +48,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The releases of torch under which the one wheel is tested; "newest" is asked of the registry.
 TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
 
-.PHONY: test test-sanitize test-gpu sanitize-gpu test-installs check-cuda check-wheel wheel bench lint format clean
+.PHONY: test test-sanitize test-gpu sanitize-gpu test-installs test-integrations check-cuda check-wheel wheel bench lint format clean
 
 test: $(READY)
 	$(RUN) -m pytest $(if $(CURRENT_ENV),,$(PARALLEL))
@@ -108,6 +108,17 @@ SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120 --target-
 sanitize-gpu: $(READY)
 	set -e; for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(RUN) -m pytest -m gpu tests/kernels/test_sanitized.py; done
+
+# With the real libraries, pinned, in an environment of its own.
+test-integrations: .venv-integrations/.ready
+	.venv-integrations/bin/python -m pytest -rs tests/integrations
+
+.venv-integrations/.ready: $(SOURCES) tests/integrations/requirements.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=3.0" wheel ninja
+	GRADCLIP_EXT_BUILD=cpu .venv-integrations/bin/python -m pip install --quiet --no-build-isolation --editable .
+	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation -r tests/integrations/requirements.txt
+	touch $@
 
 bench: $(READY)
 	$(RUN) -m benchmarks --quick

@@ -15,14 +15,17 @@ from gradclip_ext.clip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
-from gradclip_ext.hooks import register_clamp_hook
-from gradclip_ext.optimizer_hook import register_clip_hook
-from gradclip_ext.patch import patch_torch, unpatch_torch
+from gradclip_ext.hooks import ClampHandle, register_clamp_hook
+from gradclip_ext.optimizer_hook import ClipHandle, register_clip_hook
+from gradclip_ext.patch import TorchPatch, patch_torch, unpatch_torch
 from gradclip_ext.skipping import skip_step_
 from gradclip_ext.statistics import GradStats, get_grad_stats
 
 __all__ = [
+    "ClampHandle",
+    "ClipHandle",
     "GradStats",
+    "TorchPatch",
     "__version__",
     "adaptive_clip_grad_",
     "clamp_grad_",

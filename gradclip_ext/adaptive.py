@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gradclip_ext import arguments
+from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradients import as_plain, is_dispatch_subclass, read_gradients
 from gradclip_ext.interception import is_intercepted
@@ -15,6 +15,7 @@ from gradclip_ext.norms import AdaptiveRule
 from gradclip_ext.segments import listed_once
 
 
+@calls.profiled
 def adaptive_clip_grad_(
     parameters: Tensor | Iterable[Tensor],
     clip_factor: float = 0.01,
@@ -68,7 +69,9 @@ def adaptive_clip_grad_(
     rule = AdaptiveRule(arguments.as_float("norm_type", norm_type), factor, least)
     with torch.no_grad():
         once = listed_once(listed)
-        gradients = read_gradients(once, Selection(backend, None, is_intercepted()))
+        selection = Selection(backend, None, is_intercepted())
+        gradients = read_gradients(once, selection)
+        calls.count("adaptive_clip_grad_", gradients, selection)
         weights = once
         if gradients is None or len(gradients.tensors) < len(once):
             weights = [p for p in once if p.grad is not None]

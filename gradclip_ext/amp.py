@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradclip_ext import arguments
+from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
 from gradclip_ext.clip import clip_grad_norm_
 from gradclip_ext.gradients import read_gradients
@@ -21,6 +21,7 @@ _METHOD = "_unscale_grads_"  # what GradScaler.unscale_ calls between its checks
 _ITS_PARAMETERS = ["self", "optimizer", "inv_scale", "found_inf", "allow_fp16"]
 
 
+@calls.profiled
 def unscale_and_clip_grad_norm_(
     scaler: GradScaler,
     optimizer: Optimizer,
@@ -129,6 +130,7 @@ class _Unscaling:
         ):
             raise ValueError("Attempting to unscale FP16 gradients.")
         gradients = read_gradients(self._parameters, self._selection, norm_type=self._norm_type)
+        calls.count("unscale_and_clip_grad_norm_", gradients, self._selection)
         if gradients is None:
             unscale = getattr(type(self._scaler), _METHOD)
             found: dict[torch.device, Tensor] = unscale(

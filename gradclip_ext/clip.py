@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _torch_functions, arguments
+from gradclip_ext import _torch_functions, arguments, calls
 from gradclip_ext.backends import Selection
 from gradclip_ext.checks import check_representable
 from gradclip_ext.gradients import is_dispatch_subclass, read_gradients, read_tensors
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need
 Tensors = Tensor | Iterable[Tensor]
 
 
+@calls.profiled
 def clip_grad_norm_(
     parameters: Tensors,
     max_norm: Limit,
@@ -153,6 +154,7 @@ def clip_grad_norm_(
         if per_tensor:
             return clip_each_(listed, norm_type, rule, selection, group, copies)
         gradients = read_gradients(listed, selection, norm_type=norm_type, group=group, copies=copies)
+        calls.count("clip_grad_norm_", gradients, selection)
         if gradients is None:
             number = rule.as_torch_takes_it()
             return _torch_functions.clip_grad_norm_(listed, number, norm_type, error_if_nonfinite, foreach)
@@ -168,6 +170,7 @@ def clip_grad_norm_(
         return gradients.as_result(total_norm)
 
 
+@calls.profiled
 def get_total_norm(
     tensors: Tensors,
     norm_type: float = 2.0,
@@ -196,6 +199,7 @@ def get_total_norm(
     with torch.no_grad():
         selection = Selection(backend, foreach, is_intercepted())
         given = read_tensors(listed, selection, norm_type=norm_type, group=group, copies=copies)
+        calls.count("get_total_norm", given, selection)
         if given is None:
             return _torch_functions.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
         if not given.tensors and not given.is_sharded:
@@ -206,6 +210,7 @@ def get_total_norm(
         return given.as_result(total_norm)
 
 
+@calls.profiled
 def clip_grads_with_norm_(
     parameters: Tensors,
     max_norm: float | Tensor,
@@ -264,6 +269,7 @@ def clip_grads_with_norm_(
             segments.check_one_each("total_norm", total_norm)
         selection = Selection(backend, foreach, is_intercepted())
         gradients = read_gradients(listed, selection, allows_sparse=True)
+        calls.count("clip_grads_with_norm_", gradients, selection)
         if gradients is None or is_dispatch_subclass(total_norm):
             number = rule.as_torch_takes_it(total_norm)
             _torch_functions.clip_grads_with_norm_(listed, number, total_norm, foreach)
@@ -274,6 +280,7 @@ def clip_grads_with_norm_(
             gradients.scale_(clip_coef, rule.zero_if_nonfinite)
 
 
+@calls.profiled
 def clip_grad_value_(
     parameters: Tensors,
     clip_value: float,
@@ -313,10 +320,12 @@ def clip_grad_value_(
     listed = arguments.as_list("parameters", parameters)
     clip_value = arguments.as_threshold("clip_value", clip_value)
     with torch.no_grad():
-        if not _clamp_(listed, -clip_value, clip_value, Selection(backend, foreach, is_intercepted())):
+        selection = Selection(backend, foreach, is_intercepted())
+        if not _clamp_("clip_grad_value_", listed, -clip_value, clip_value, selection):
             _torch_functions.clip_grad_value_(listed, clip_value, foreach)
 
 
+@calls.profiled
 def clamp_grad_(
     parameters: Tensors,
     min: float | None = None,
@@ -355,15 +364,17 @@ def clamp_grad_(
     listed = arguments.as_list("parameters", parameters)
     low, high = arguments.as_bounds(min, max)
     with torch.no_grad():
-        if not _clamp_(listed, low, high, Selection(backend, None, is_intercepted())):
+        selection = Selection(backend, None, is_intercepted())
+        if not _clamp_("clamp_grad_", listed, low, high, selection):
             for parameter in listed:
                 if parameter.grad is not None:
                     parameter.grad.clamp_(low, high)
 
 
-def _clamp_(parameters: list[Any], low: float, high: float, selection: Selection) -> bool:
+def _clamp_(function: str, parameters: list[Any], low: float, high: float, selection: Selection) -> bool:
     """Clamp the gradients, or return False for a list that belongs to torch's own functions."""
     gradients = read_gradients(parameters, selection, clamps=True, needs_sign=low != -high)
+    calls.count(function, gradients, selection)
     if gradients is None:
         return False
     if gradients.tensors:

@@ -56,6 +56,10 @@ class GradientList:
             return self._parts[0][1].dtypes
         return {dtype for _, tensors in self._parts for dtype in tensors.dtypes}
 
+    def backends(self) -> list[str]:
+        """Return the names of the backends that handle a part of the list."""
+        return [backend.name for backend, _ in self._parts]
+
     def has_elements(self) -> bool:
         """Tell whether some tensor is not empty."""
         return any(tensors.has_elements() for _, tensors in self._parts)

@@ -1,4 +1,7 @@
-"""``python -m gradclip_ext.info``: what was installed, which backend handles which device, and why not."""
+"""``python -m gradclip_ext.info``: what was installed, which backend handles which device, and why not.
+
+``info.report()`` in a training process also tells what is patched there and how calls were handled.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,17 @@ import platform
 
 import torch
 
-from gradclip_ext import __version__, backends
+from gradclip_ext import __version__, backends, calls, patch
 
 
 def report() -> str:
-    """Return the text that ``python -m gradclip_ext.info`` prints; the form to paste into an issue."""
+    """Return the text that ``python -m gradclip_ext.info`` prints; the form to paste into an issue.
+
+    Called in a training process, it also says what :func:`gradclip_ext.patch_torch` replaced there, how many
+    calls each function had, which backend handled them, and why torch operations did where they had to.
+    With GRADCLIP_EXT_REPORT=1 in the environment, that part is printed to stderr when Python exits (not by
+    processes that were forked, which end without it). Calls inside of torch.compile are not counted.
+    """
     lines = [
         f"gradclip_ext {__version__}",
         f"python       {platform.python_version()} on {platform.platform()}",
@@ -30,7 +39,14 @@ def report() -> str:
             if reason is None and device.type == "cuda" and not gpus:
                 reason = "no CUDA device is visible"
             lines.append(f"  {name:<9} {device!s:<7} {'available' if reason is None else 'no: ' + reason}")
-    return "\n".join(lines)
+    return "\n".join([*lines, use()])
+
+
+def use() -> str:
+    """Return the part of the report that is about this process: the patch and the calls."""
+    places = patch.places()
+    replaced = ["patch        torch.nn.utils' functions are replaced in", *(f"  {place}" for place in places)]
+    return "\n".join([*(replaced if places else ["patch        none in this process"]), calls.report()])
 
 
 if __name__ == "__main__":

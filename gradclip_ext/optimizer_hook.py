@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradclip_ext import arguments
+from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
 from gradclip_ext.clip import clip_grad_norm_
 from gradclip_ext.gradient_list import GradientList
@@ -170,7 +170,7 @@ class _Clip:
             )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._clip(optimizer)
+            self._clip_before_step(optimizer)
             return None
         then = functools.partial(self._in_step, optimizer, closure)
         if "closure" in kwargs:
@@ -179,7 +179,7 @@ class _Clip:
 
     def _in_step(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        self._clip(optimizer)
+        self._clip_before_step(optimizer)
         return loss
 
     def parts(self, optimizer: Optimizer) -> list[_Part]:
@@ -197,12 +197,15 @@ class _Clip:
                 parts.append(_Part(group["params"], Rule(limit)))
         return [_Part(joint, Rule(self._limit)), *parts] if joint else parts
 
+    @calls.profiled
     @torch.no_grad()
-    def _clip(self, optimizer: Optimizer) -> None:
+    def _clip_before_step(self, optimizer: Optimizer) -> None:
         parts = self.parts(optimizer)
         scale = getattr(optimizer, "grad_scale", None)
         selection = Selection(self._backend, None, is_intercepted())
         lists = [read_gradients(p.parameters, selection, norm_type=self._norm_type) for p in parts]
+        for gradients in lists:
+            calls.count("register_clip_hook", gradients, selection)
         total_norm: Tensor
         if any(gradients is None for gradients in lists):
             total_norm = self._clip_as_torch_does(parts, scale)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip_ext import calls
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradients import holds_dtensor, read_gradients
 from gradclip_ext.norms import Rule, raise_if_nonfinite
@@ -35,6 +36,7 @@ def clip_each_(
     gradients = read_gradients(
         segments.parameters, selection, norm_type=norm_type, group=group, copies=copies
     )
+    calls.count("clip_grad_norm_", gradients, selection)
     if gradients is None:
         raise NotImplementedError(
             "per_tensor=True: not supported for tensors that dispatch by themselves (FakeTensor, or DTensors "

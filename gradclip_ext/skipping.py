@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from gradclip_ext import calls
 from gradclip_ext.norms import on_device, whole
 
 _FUSED = (AdamW, Adam, SGD, Adagrad)  # AdamW is an Adam in newer releases of torch
@@ -24,6 +25,7 @@ _ATTRIBUTE = "_gradclip_ext_skips"
 _PROVEN: set[tuple[type[Optimizer], str]] = set()
 
 
+@calls.profiled
 def skip_step_(optimizer: Optimizer, when: Tensor | bool) -> None:
     """Let the optimizer's next ``step()`` change nothing where ``when`` is true, without asking on the host.
 

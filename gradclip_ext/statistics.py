@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import arguments
+from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
 from gradclip_ext.gradients import grads_of, holds_dtensor, read_gradients, read_tensors
@@ -110,6 +110,7 @@ class GradStats:
         return f"GradStats(total_norm={self.total_norm}, {len(self.numel)} parameters)"
 
 
+@calls.profiled
 def get_grad_stats(
     parameters: torch.nn.Module | Tensor | Iterable[Tensor | tuple[str, Tensor]],
     norm_type: float = 2.0,
@@ -174,6 +175,7 @@ def get_grad_stats(
         names_given = None if names is None else tuple(names)
         selection = Selection(backend, None, is_intercepted())
         given = _read(segments.parameters, grads, norm_type, selection, group, copies)
+        calls.count("get_grad_stats", given, selection)
         if not given.tensors and not given.is_sharded:
             none = torch.zeros(4, count, dtype=torch.float64, device="cpu")
             total = torch.zeros((), dtype=torch.float32, device="cpu")

@@ -42,6 +42,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(SEED_LINE)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the test that takes longest, a suite of its own: in parallel, others run beside it then."""
+    items.sort(key=lambda item: item.path.name != "test_triton_interpreted.py")
+
+
 @pytest.fixture(autouse=True)
 def _seed_inputs(request: pytest.FixtureRequest) -> None:
     """Give every test inputs that depend on the seed and on its own name, not on which tests ran before."""

@@ -89,3 +89,17 @@ class Selection:
         if reason is not None:
             raise RuntimeError(f"{self._source}={self._name!r} cannot handle {device.type} tensors: {reason}")
         return backend
+
+    def why_foreach(self, device: torch.device) -> str:
+        """Return why torch operations handle tensors of a device, for a report."""
+        if self.loops:
+            return "foreach=False asks for a loop"
+        if self.is_intercepted:
+            return "a tracer, mode or transform has to see every operation"
+        if self._name is not None:
+            return f"{self._source}={self._name}"
+        backend = self.backend_for(device)
+        if backend is not FOREACH:
+            return f"gradients that {backend.name} does not handle: gaps in memory, complex, or shared memory"
+        asked = (b for b in _AUTOMATIC.values() if b is not FOREACH)
+        return ", ".join(f"{b.name}: {b.why_unavailable(device)}" for b in asked)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from cases import random
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from gradclip_ext import norms, reference
+from gradclip_ext import backends, norms, reference
+from gradclip_ext.backends.base import TensorList
 
 ORDERS = (0.5, 1.0, 1.5, 2.0, 3.0, 7.0, 40.0, math.inf, -0.5, -1.0, -2.0, -20.0, -math.inf)
 
@@ -102,6 +108,44 @@ def test_devices_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert norms.widest_dtype(torch.device("xpu")) is torch.float32
     Properties.has_fp64 = True
     assert norms.widest_dtype(torch.device("xpu")) is torch.float64
+
+
+class Wide(TorchDispatchMode):
+    """Notes which operations give float64 tensors on an Intel GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if any(t.device.type == "xpu" and t.dtype == torch.float64 for t in tensors):
+            self.operations.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("has_float64", [False, True])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf, 0.0, -1.0])
+def test_no_float64_operation_where_the_device_has_none(
+    monkeypatch: pytest.MonkeyPatch, norm_type: float, has_float64: bool
+) -> None:
+    """Intel's Arc raises on each of them. Its tensors are fakes here, and so is what torch knows of it."""
+    properties = SimpleNamespace(has_fp64=has_float64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
+    foreach, rule = backends.FOREACH, norms.Rule(1.0)
+
+    def tensors(dtype: torch.dtype) -> TensorList:
+        return TensorList([torch.empty(shape, device="xpu", dtype=dtype) for shape in ((3, 2), (4,))])
+
+    with FakeTensorMode(), Wide() as seen:
+        for dtype in (torch.float32, torch.bfloat16):
+            foreach.norm(tensors(dtype), norm_type, rule, torch.float32)
+            foreach.clip_each_(tensors(dtype), norm_type, rule, torch.float32)
+            foreach.statistics(tensors(dtype), norm_type)
+            foreach.scale_(tensors(dtype), torch.ones((), device="xpu"))
+            foreach.clip_adaptive_(tensors(dtype), tensors(dtype), norms.AdaptiveRule(norm_type, 0.1, 1e-3))
+    assert bool(seen.operations) == has_float64, seen.operations
 
 
 def test_the_coefficient_of_a_half_norm_is_float32() -> None:

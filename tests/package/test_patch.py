@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 
 import oracle
 import pytest
@@ -189,6 +191,80 @@ def test_unpatch_inside_with_inside_a_lasting_patch() -> None:
     assert patched()
     unpatch_torch()
     assert not patched()
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that imported torch's functions before there was a patch, one under another name."""
+    module = ModuleType("some_library")
+    monkeypatch.setitem(sys.modules, "some_library", module)
+    imports = "from torch.nn.utils import clip_grad_norm_, clip_grad_value_ as clamp, get_total_norm\n"
+    exec(imports + "def get_total_norms(): ...", vars(module))
+    return module
+
+
+def holds_ours(library: ModuleType) -> bool:
+    ours = (gradclip_ext.clip_grad_norm_, gradclip_ext.clip_grad_value_, gradclip_ext.get_total_norm)
+    here = (library.clip_grad_norm_, library.clamp, library.get_total_norm)
+    assert here in (ours, tuple(map(ORIGINALS.__getitem__, (0, 1, 3))))
+    return here == ours
+
+
+def test_reaches_modules_that_imported_a_function_earlier(library: ModuleType) -> None:
+    own = library.get_total_norms
+    patch = patch_torch()
+    assert holds_ours(library)
+    assert library.get_total_norms is own
+    names = [f"some_library.{name}" for name in ("clamp", "clip_grad_norm_", "get_total_norm")]
+    assert sorted(place for place in patch.places if place.startswith("some_library")) == names
+    assert set(patch.places) >= {"torch.nn.utils.clip_grad_norm_", "torch.nn.utils.clip_grad._get_total_norm"}
+    unpatch_torch()
+    assert not holds_ours(library)
+    assert patch.places == []
+
+
+def test_finds_a_module_that_was_imported_between_two_patches(
+    library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "some_library")
+    patch_torch()
+    assert not holds_ours(library)
+    sys.modules["some_library"] = library  # monkeypatch puts back what was there before the fixture
+    patch_torch()
+    assert holds_ours(library)
+    unpatch_torch()
+    assert not holds_ours(library)
+
+
+def test_with_restores_modules_that_imported_a_function_earlier(library: ModuleType) -> None:
+    with patch_torch():
+        assert holds_ours(library)
+        with patch_torch():
+            assert holds_ours(library)
+        assert holds_ours(library)
+        unpatch_torch()
+        assert not holds_ours(library)
+    assert not holds_ours(library)
+
+
+def test_reaches_them_beside_another_librarys_wrapper(
+    library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then torch's module no longer holds the function that such a module has."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: None)
+    monkeypatch.setattr(torch.nn.utils.clip_grad, "clip_grad_norm_", lambda *args: None)
+    with patch_torch():
+        assert holds_ours(library)
+    assert not holds_ours(library)
+    monkeypatch.undo()
+
+
+def test_objects_among_the_modules_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some libraries put objects into sys.modules, whose attributes may import or warn."""
+    found = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setitem(sys.modules, "some_object", found)  # type: ignore[arg-type]
+    with patch_torch():
+        assert found.clip_grad_norm_ is not gradclip_ext.clip_grad_norm_
 
 
 RELOAD_SCRIPT = """

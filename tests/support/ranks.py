@@ -8,11 +8,12 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import compiled_module  # noqa: F401  (before the functions import gradclip_ext)
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -75,6 +76,14 @@ class Ranks:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """The processes that the tests of a folder share."""
+    workers = Ranks()
+    yield workers
+    workers.stop()
 
 
 def _serve(rank: int, init_file: str, pipe: Connection) -> None:

@@ -1,0 +1,6 @@
+"""Clipping where a training framework does it: one module for each, imported on demand.
+
+``patch_torch()`` reaches all of them that call torch.nn.utils. These modules add what that cannot: limits
+that adapt, norms in the logs, fused optimizers under a GradScaler, one collective instead of several. Each
+imports its framework, which this package does not install.
+"""

@@ -1,0 +1,3 @@
+"""The processes that the tests of this folder share."""
+
+from ranks import ranks  # noqa: F401
