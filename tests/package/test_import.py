@@ -61,7 +61,10 @@ def test_import() -> None:
 
 def test_public_names() -> None:
     assert set(gradclip_ext.__all__) == {
+        "ClampHandle",
+        "ClipHandle",
         "GradStats",
+        "TorchPatch",
         "__version__",
         "adaptive_clip_grad_",
         "clamp_grad_",
