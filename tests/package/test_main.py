@@ -67,7 +67,7 @@ def test_the_startup_file_reaches_spawned_workers(tmp_path: Path, script: Path) 
     venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    seen = [*site.getsitepackages(), str(PACKAGE_ROOT)]
+    seen = [str(PACKAGE_ROOT), *site.getsitepackages()]
     (packages / "seen.pth").write_text("\n".join(seen))
 
     def run(*arguments: str, **environment: str) -> str:
