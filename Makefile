@@ -48,7 +48,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The releases of torch under which the one wheel is tested; "newest" is asked of the registry.
 TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
 
-.PHONY: test test-sanitize test-gpu sanitize-gpu test-installs test-integrations check-cuda check-wheel wheel bench lint format clean
+.PHONY: test test-sanitize test-gpu sanitize-gpu test-installs test-integrations docs check-cuda check-wheel wheel bench lint format clean
 
 test: $(READY)
 	$(RUN) -m pytest $(if $(CURRENT_ENV),,$(PARALLEL))
@@ -111,13 +111,22 @@ sanitize-gpu: $(READY)
 
 # With the real libraries, pinned, in an environment of its own.
 test-integrations: .venv-integrations/.ready
-	.venv-integrations/bin/python -m pytest -rs tests/integrations
+	.venv-integrations/bin/python -m pytest -rs tests/integrations tests/package/test_docs.py
 
 .venv-integrations/.ready: $(SOURCES) tests/integrations/requirements.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=3.0" wheel ninja
 	GRADCLIP_EXT_BUILD=cpu .venv-integrations/bin/python -m pip install --quiet --no-build-isolation --editable .
 	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation -r tests/integrations/requirements.txt
+	touch $@
+
+# The documentation, into build/site; a link that leads nowhere is an error.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
+
+.venv-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r docs/requirements.txt
 	touch $@
 
 bench: $(READY)
