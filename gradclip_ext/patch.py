@@ -38,7 +38,7 @@ _ORIGINALS = "_replaced_by_gradclip_ext"
 
 
 class TorchPatch:
-    """The patch that :func:`patch_torch` returns: leaving its ``with`` block restores what was there before it."""
+    """What :func:`patch_torch` returns; leaving its ``with`` block restores what was there before it."""
 
     def __init__(self) -> None:
         self._before = [_state()]

@@ -29,7 +29,7 @@ def name_of(page: Path) -> str:
 
 @pytest.mark.parametrize("page", list(filter(code_of, PAGES)), ids=name_of)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    """All blocks of a page one after the other, as a reader would; those of frameworks where they are there."""
+    """All blocks of a page one after the other; those of a framework where it is installed."""
     requires = REQUIRES.match(page.read_text(encoding="utf-8"))
     for module in requires[1].split(", ") if requires else ():
         if importlib.util.find_spec(module) is None:
