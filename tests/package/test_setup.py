@@ -98,7 +98,8 @@ def build(
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build", "--build-base", folder],
         cwd=root,
-        env={**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0", **environment},
+        # -O0: what is built here is loaded at most, and takes half of the time that way.
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0", "CXXFLAGS": "-O0", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -208,7 +209,7 @@ def test_the_module_needs_neither_torch_nor_a_cuda_runtime(tmp_path: Path) -> No
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "torch.py").write_text("raise ImportError('hidden by the test')\n")
-    build(tmp_path / "a", GRADCLIP_EXT_BUILD="cpu", PYTHONPATH=str(hidden))
+    build(tmp_path / "a", GRADCLIP_EXT_BUILD="cpu", PYTHONPATH=str(hidden), CXXFLAGS="")
     (module,) = (tmp_path / "a").glob("lib*/gradclip_ext/_C*.so")
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", module], capture_output=True, text=True, check=True
