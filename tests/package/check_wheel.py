@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAST_TESTS = 500
 # They take minutes, and are about kernels that are the same under every torch.
 LEFT_OUT = ("test_accuracy.py", "large_worker.py", "test_properties.py")
+# What does not depend on the release: the loop and hidden values of foreach; on 2.10 and later, how tensors
+# are read on earlier ones, which are tested by themselves; five times the same function in inductor.
+LEFT_OUT_NAMES = "not blind and not loop and not columns and not (threshold_that_changes and inductor)"
 USES_THE_KERNELS = """
 import torch, gradclip_ext
 from gradclip_ext import _extension, backends
@@ -58,7 +61,8 @@ def check(version: str, wheel: Path, folder: Path) -> str:
     run(python, "-m", "pip", "install", "--quiet", *needed, cwd=folder, PIP_CONSTRAINT=os.devnull)
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=folder)
     print(run(python, "-c", USES_THE_KERNELS, cwd=folder), flush=True)
-    said = run(python, "-m", "pytest", "-q", "tests/api", cwd=folder, GRADCLIP_EXT_BACKEND="")
+    tests = ("-m", "pytest", "-q", "-k", LEFT_OUT_NAMES, "tests/api")
+    said = run(python, *tests, cwd=folder, GRADCLIP_EXT_BACKEND="")
     passed = re.findall(r"(\d+) passed", said)
     if not passed or int(passed[-1]) < LEAST_TESTS:
         sys.exit(f"{said}\nfewer than {LEAST_TESTS} tests passed under {torch}")
