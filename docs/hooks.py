@@ -53,3 +53,9 @@ def on_files(files: Any, config: Any) -> Any:
             name = name.replace("README", "index")
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Docstrings mark up names and code as Sphinx does, which Markdown does not know."""
+    html = re.sub(r":(?:func|meth|class|mod|attr):<code>~?", "<code>", html)
+    return html.replace("::</p>", ":</p>")
