@@ -51,13 +51,11 @@ def count(function: str, gradients: GradientList | None, selection: Selection) -
 def _handled_by(gradients: GradientList | None, selection: Selection) -> str:
     if gradients is None:
         return "torch.nn.utils: a tensor subclass that dispatches by itself"
-    names = dict.fromkeys(gradients.backends())
-    if not names:
-        return "nothing: no gradients"
-    if "foreach" in names:
-        reasons = {selection.why_foreach(t.device) for t in gradients.tensors}
-        names = {**dict.fromkeys(n for n in names if n != "foreach"), f"foreach: {'; '.join(reasons)}": None}
-    return ", ".join(names)
+    parts = [
+        name if name != "foreach" else f"foreach: {selection.why_foreach(device)}"
+        for name, device in gradients.handled_by()
+    ]
+    return ", ".join(dict.fromkeys(parts)) or "nothing: no gradients"
 
 
 def report() -> str:

@@ -56,9 +56,9 @@ class GradientList:
             return self._parts[0][1].dtypes
         return {dtype for _, tensors in self._parts for dtype in tensors.dtypes}
 
-    def backends(self) -> list[str]:
-        """Return the names of the backends that handle a part of the list."""
-        return [backend.name for backend, _ in self._parts]
+    def handled_by(self) -> list[tuple[str, torch.device]]:
+        """Return for each part of the list which backend handles it, on which device."""
+        return [(backend.name, tensors.device) for backend, tensors in self._parts]
 
     def has_elements(self) -> bool:
         """Tell whether some tensor is not empty."""
