@@ -29,6 +29,9 @@ SKIPPED = {
     "holds[triton-10000]": "an hour",
 }
 
+# Of each test, so many cases are kept.
+CASES = 4
+
 _why_unfit, _start_of = TritonBackend._why_unfit, Launcher._start_of
 
 
@@ -55,7 +58,18 @@ TritonBackend._why_unfit = _why_unfit_for_the_emulator  # type: ignore[method-as
 Launcher._start_of = _enqueue_interpretation  # type: ignore[method-assign]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a few cases of each test: all of them run on the CPU, by test_triton_interpreted.py.
+
+    What is added here is streams, captures and devices, which do not depend on the dtype or the order.
+    """
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item for each in cases.values() for item in each[:: max(1, len(each) // CASES)][:CASES]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
     for item in items:
         for part, reason in SKIPPED.items():
             if part in item.nodeid:
