@@ -57,7 +57,7 @@ class JointNorm:
         self._device = some[0].device if some else layout.device()
         self._dtypes = {t.dtype for t in some} if not parts else set()
         #: The parts as one list, the class of each, and the weight of each class.
-        self.whole = GradientList([], [])
+        self.whole: GradientList = GradientList([], [])
         self.numbers: Sequence[int] = ()
         self.weights: list[float] = []
         #: Why there is no norm on this rank. The others get NaN, instead of waiting for this one.

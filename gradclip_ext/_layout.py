@@ -62,16 +62,16 @@ class Layout:
         for index in others:
             joined.add(ranks[index], _steps_of(index, sources[index]))
         #: How many ranks take part.
-        self.size = joined.size
+        self.size: int = joined.size
         #: The all-reduces, in order.
-        self.steps = joined.steps
+        self.steps: list[_Step] = joined.steps
         if len(self.steps) > 1 and self.size == dist.get_world_size():
             self.steps = [(len(sources) - 1, None)]
         #: The numbers of parameters that all ranks were found to agree on.
         self.checked_lengths: set[int] = set()
         named = [base, *(groups or ()), *on_this_rank]
         #: Where to communicate: for a group with several backends it has to be the same on all ranks.
-        self.device_type = next((g.device_type for g in named if isinstance(g, DeviceMesh)), None)
+        self.device_type: str | None = next((g.device_type for g in named if isinstance(g, DeviceMesh)), None)
         # Among how many sets of ranks like a mesh's (or like this rank alone) the groups say that
         # gradients differ.
         self._sets: dict[int | None, float] = {None: _spread(frozenset((rank,)), rank, ranks, others)}

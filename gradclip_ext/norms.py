@@ -44,7 +44,7 @@ class Rule:
         self.error_if_nonfinite = error_if_nonfinite
         self.zero_if_nonfinite = zero_if_nonfinite
         #: Whether the kernels that compute a norm know how to compute the coefficient, too.
-        self.is_plain = isinstance(max_norm, float) and not zero_if_nonfinite
+        self.is_plain: bool = isinstance(max_norm, float) and not zero_if_nonfinite
 
     def clip_coef(self, total_norm: Tensor) -> Coefficient:
         """Return min(1, max_norm / (total_norm + 1e-6)) where the norm is, in float32 or float64.

@@ -19,7 +19,7 @@ class Segments:
     """
 
     def __init__(self, parameters: list[Any]) -> None:
-        self.parameters = listed_once(parameters)
+        self.parameters: list[Any] = listed_once(parameters)
 
     def check_one_each(self, name: str, value: Any) -> None:
         """Raise unless a tensor that is no scalar has one element for each of the parameters."""

@@ -141,12 +141,12 @@ class ZClip(NormState):
     ) -> None:
         # of shape [1]: AOT Autograd loses what is written to a 0-d float64 input (seen in torch 2.13)
         super().__init__(steps=_counter(), mean=_zeros(1), var=_zeros(1))
-        self.max_norm = arguments.as_threshold("max_norm", max_norm)
-        self.alpha = arguments.as_number_up_to("alpha", alpha, 1.0)
-        self.z_thresh = arguments.as_threshold("z_thresh", z_thresh)
-        self.warmup_steps = arguments.as_count("warmup_steps", warmup_steps, least=1)
-        self.clip_factor = arguments.as_number_up_to("clip_factor", clip_factor)
-        self.eps = arguments.as_number_up_to("eps", eps)
+        self.max_norm: float = arguments.as_threshold("max_norm", max_norm)
+        self.alpha: float = arguments.as_number_up_to("alpha", alpha, 1.0)
+        self.z_thresh: float = arguments.as_threshold("z_thresh", z_thresh)
+        self.warmup_steps: int = arguments.as_count("warmup_steps", warmup_steps, least=1)
+        self.clip_factor: float = arguments.as_number_up_to("clip_factor", clip_factor)
+        self.eps: float = arguments.as_number_up_to("eps", eps)
 
     def forward(self, norm: Tensor) -> Tensor:
         norm = self.read(norm)
@@ -207,7 +207,7 @@ class AutoClip(NormState):
     def __init__(self, percentile: float = 10.0, window: int = 1024) -> None:
         window = arguments.as_count("window", window, least=1)
         super().__init__(steps=_counter(), norms=_zeros(window))
-        self.percentile = arguments.as_number_up_to("percentile", percentile, 100.0)
+        self.percentile: float = arguments.as_number_up_to("percentile", percentile, 100.0)
         self.window = window
 
     def forward(self, norm: Tensor) -> Tensor:
@@ -291,10 +291,10 @@ class AdaGC(NormState):
         if not size:
             raise ValueError("parameters is empty: pass those that clip_grad_norm_ will get, in that order")
         super().__init__(steps=_counter(size), averages=_zeros(size))
-        self.max_norm = arguments.as_threshold("max_norm", max_norm)
-        self.ratio = arguments.as_number_up_to("ratio", ratio)
-        self.beta = arguments.as_number_up_to("beta", beta, 1.0)
-        self.warmup_steps = arguments.as_count("warmup_steps", warmup_steps, least=1)
+        self.max_norm: float = arguments.as_threshold("max_norm", max_norm)
+        self.ratio: float = arguments.as_number_up_to("ratio", ratio)
+        self.beta: float = arguments.as_number_up_to("beta", beta, 1.0)
+        self.warmup_steps: int = arguments.as_count("warmup_steps", warmup_steps, least=1)
 
     def forward(self, norms: Tensor) -> Tensor:
         norms = self.read(norms, tuple(self.steps.shape))
@@ -357,7 +357,7 @@ class SpikeDetector(NormState):
     def __init__(self, sigma_factor: float = 6.0, window: int = 128) -> None:
         window = arguments.as_count("window", window, least=2)
         super().__init__(steps=_counter(), norms=_zeros(window))
-        self.sigma_factor = arguments.as_number_up_to("sigma_factor", sigma_factor)
+        self.sigma_factor: float = arguments.as_number_up_to("sigma_factor", sigma_factor)
         self.window = window
 
     def forward(self, norm: Tensor) -> Tensor:

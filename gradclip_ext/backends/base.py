@@ -41,7 +41,7 @@ class TensorList:
         #: What a backend keeps from the norm to the scaling of one call.
         self.prepared: Any = None
         if native is None:
-            self.device = tensors[0].device
+            self.device: torch.device = tensors[0].device
             # No frozenset: where torch.compile of 2.6 breaks a graph, it cannot keep one.
             self.dtypes: Set[torch.dtype] = {t.dtype for t in tensors}
         else:

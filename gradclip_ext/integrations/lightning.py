@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from gradclip_ext import clip_grad_norm_, clip_grad_value_, unscale_and_clip_gra
 from gradclip_ext.arguments import as_float, as_limit
 from gradclip_ext.norms import Limit
 
-try:
+if TYPE_CHECKING or find_spec("lightning") is not None:
     import lightning.pytorch as pl
     from lightning.pytorch.plugins import precision
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-except ImportError:  # the same code under its older name
+else:  # the same code under its older name
     import pytorch_lightning as pl
     from pytorch_lightning.plugins import precision
     from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -52,7 +53,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
     ) -> None:
         as_limit(max_norm, allows_vector=False)
         self.max_norm = max_norm
-        self.norm_type = as_float("norm_type", norm_type)
+        self.norm_type: float = as_float("norm_type", norm_type)
         self._group = group
         self._log = log
 

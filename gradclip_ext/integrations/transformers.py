@@ -46,7 +46,7 @@ class ClipGradients(TrainerCallback):  # type: ignore[misc]
     def __init__(self, max_norm: Limit, norm_type: float = 2.0, *, group: Any = None) -> None:
         as_limit(max_norm, allows_vector=False)
         self.max_norm = max_norm
-        self.norm_type = as_float("norm_type", norm_type)
+        self.norm_type: float = as_float("norm_type", norm_type)
         self.total_norm: Tensor | None = None
         self._group = group
 

@@ -59,7 +59,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.kernels: Any = None
-        self.is_interpreted = False
+        self.is_interpreted: bool = False
         self._takes_constants = True
         self._binaries: dict[tuple[Any, ...], Any] = {}
 

@@ -52,10 +52,10 @@ class Table:
     def __init__(self, columns: bytes) -> None:
         addresses, numels, codes = read_columns(columns)
         self.groups: list[Group] = []
-        self.rows = array("q")
-        self.chunks = 0
+        self.rows: array[int] = array("q")
+        self.chunks: int = 0
         self.launches: dict[tuple[Any, ...], list[Any]] = {}
-        self.tensors = len(codes)
+        self.tensors: int = len(codes)
         positions = array("q")
         for code in dict.fromkeys(codes):
             dtype = KERNEL_DTYPES[code]
@@ -130,13 +130,13 @@ class Workspace:
 
     def __init__(self, device: torch.device, captured: bool) -> None:
         self.device = device
-        self.programs = _INTERPRETED_PROGRAMS
-        self.warp_size = 32
+        self.programs: int = _INTERPRETED_PROGRAMS
+        self.warp_size: int = 32
         if device.type != "cpu":
             properties = torch.cuda.get_device_properties(device)
             self.programs = _PROGRAMS_PER_SM * properties.multi_processor_count
             self.warp_size = properties.warp_size  # 64 on ROCm's data centre devices
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self._captured = captured
         self._tables: list[tuple[Any, Any]] = []
         self._partials = torch.empty(0, dtype=torch.float64, device=device)

@@ -50,7 +50,8 @@ class UnitTable:
 
     def __init__(self, grads: bytes, weights: bytes, units: bytes) -> None:
         self.groups: list[UnitGroup] = []
-        self.rows, self._of_weights = array("q"), array("q")
+        self.rows: array[int] = array("q")
+        self._of_weights: array[int] = array("q")
         self.launches: dict[tuple[Any, ...], list[Any]] = {}
         grouped: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {}
         large: tuple[list[tuple[int, int, int]], ...] = [], []
@@ -64,13 +65,13 @@ class UnitTable:
             for start in range(0, numel, length):
                 large[0].append((address + start * itemsize, length, code))
                 large[1].append((weight + start * KERNEL_DTYPES[weight_code].itemsize, length, weight_code))
-        self.runs = 0
+        self.runs: int = 0
         for (code, weight_code, width), tensors in grouped.items():
             self._add_group(KERNEL_DTYPES[code], KERNEL_DTYPES[weight_code], width, tensors)
-        self.tensors = len(self.rows) // 3
+        self.tensors: int = len(self.rows) // 3
         self.rows.extend((0, 0, self.runs))
         self.rows.extend(self._of_weights)
-        self.large = tuple(map(_as_columns, large)) if large[0] else None
+        self.large: tuple[bytes, ...] | None = tuple(map(_as_columns, large)) if large[0] else None
 
     def _add_group(
         self,
