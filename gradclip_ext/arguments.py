@@ -125,7 +125,7 @@ def as_list(name: str, tensors: Any) -> list[Any]:
     if not result and isinstance(tensors, types.GeneratorType) and name != "tensors":
         warnings.warn(
             f"`{name}` is an empty generator, no gradient clipping will occur.",
-            stacklevel=3,  # as_list, the public function, the caller
+            stacklevel=4,  # as_list, the public function, calls.profiled around it, the caller
         )
     return result
 

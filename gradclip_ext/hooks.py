@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradclip_ext import arguments
+from gradclip_ext import arguments, calls
 from gradclip_ext.checks import check_representable
 
 _SPARSE_LAYOUTS = frozenset(
@@ -48,6 +48,7 @@ class ClampHandle:
         self.remove()
 
 
+@calls.profiled
 def register_clamp_hook(
     parameters_or_module: Tensor | Iterable[Tensor] | torch.nn.Module,
     min: float | None = None,

@@ -50,6 +50,7 @@ class ClipHandle:
         self.remove()
 
 
+@calls.profiled
 def register_clip_hook(
     optimizer: Optimizer,
     max_norm: Limit,
