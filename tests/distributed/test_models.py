@@ -174,11 +174,11 @@ def test_compile(ranks: Ranks, norm_type: float) -> None:
 
 
 def readme_recipes() -> list[str]:
-    """Return every call of clip_grad_norm_ in README's table of other tools."""
+    """Return every call of the package's clip_grad_norm_ in README's table of other tools."""
     if not README.exists():
         return []
     section = README.read_text(encoding="utf-8").split("## Beside other tools")[1].split("\n## ")[0]
-    return re.findall(r"`(clip_grad_norm_\([^`]+\))`", section)
+    return re.findall(r"`(clip_grad_norm_\((?!accelerator)[^`]+\))`", section)
 
 
 def run_recipe(recipe: str, seed: int) -> None:
