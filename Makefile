@@ -86,7 +86,7 @@ check-cuda: .venv-cuda/.ready
 	$(CUDA_RUN) -m pip install --quiet --force-reinstall --no-deps build/cuda/static/*.whl
 	cd $(CUDA_COPY) && $(CUDA_RUN) -m gradclip_ext.info
 	cd $(CUDA_COPY) && GRADCLIP_EXT_CHECK_CUDA=1 $(CUDA_RUN) -m pytest $(PARALLEL) -m "not gpu and not installs" \
-	  tests/kernels/test_cuda_build.py tests/backends/test_selection.py tests/backends/test_unfit_gpus.py
+	  tests/kernels/test_cuda_build.py tests/kernels/test_cuda_compiled.py tests/backends/test_selection.py tests/backends/test_unfit_gpus.py
 	$(CUDA_RUN) -m pip install --quiet --force-reinstall --no-deps build/cuda/shared/*.whl
 	cd $(CUDA_COPY) && $(CUDA_RUN) tests/cuda_emulator/run.py $(PARALLEL) -m "gpu and not triton" $(NOT_OF_A_WHEEL)
 	cd $(CUDA_COPY) && PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(CUDA_RUN) tests/cuda_emulator/run.py -m gpu \

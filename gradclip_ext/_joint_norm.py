@@ -109,7 +109,7 @@ class JointNorm:
             try:
                 rows = self._own_rows(count, read, pieces)
             except Exception as caught:
-                error = caught  # raised once this rank has taken part in what the others wait for
+                error = caught  # raised after the all-reduces that the other ranks wait for
         if rows is None:
             rows = torch.full((count + 1, len(self._call.parameters)), math.nan, dtype=torch.float64)
         self._check_same_length(error)

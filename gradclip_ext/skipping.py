@@ -197,7 +197,7 @@ def _as_flag(when: Any) -> Tensor:
 
 
 def _device_of(optimizer: Optimizer) -> torch.device:
-    """Return the device of the first parameter; torch copies found_inf to the others."""
+    """Return the device of the first parameter; torch copies found_inf to other devices."""
     first = next((p for group in optimizer.param_groups for p in group["params"]), None)
     return torch.device("cpu") if first is None else first.device
 

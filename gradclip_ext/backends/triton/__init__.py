@@ -384,7 +384,7 @@ def _of_filled(values: Tensor, tensors: TensorList, table: Table) -> Tensor:
 
 
 def _of_all(values: Tensor, tensors: TensorList) -> Tensor:
-    """Return values [..., T] for all tensors: those of the tensors with elements, and 0 for the others."""
+    """Return values [..., T] for all tensors: those of the tensors with elements, and 0 without any."""
     if values.shape[-1] == len(tensors.tensors):
         return values
     indices = iter(range(values.shape[-1]))

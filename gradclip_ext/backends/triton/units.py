@@ -18,7 +18,7 @@ _ROWS_OF_WIDTH = {16: 32, 256: 4, 1024: 4}
 _WIDEST = max(_ROWS_OF_WIDTH)
 # Programs share the work in runs of about so many bytes of gradients.
 _RUN_BYTES = CHUNK_BYTES // 2
-# A larger unit would keep one program busy when the others are done, which on an H100 read so much in 10 us.
+# A larger unit would keep one program busy when all other ones are done, which on an H100 read this in 10 us.
 _MAX_UNIT_BYTES = 4 * CHUNK_BYTES
 
 
