@@ -82,7 +82,7 @@ def unscale_and_clip_grad_norm_(
     if not callable(getattr(scaler, "unscale_", None)) or not callable(getattr(scaler, "is_enabled", None)):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
     selection = Selection(backend, None, is_intercepted())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     if scaler.is_enabled():
         if norm_type > 0.0 and _unscales_as_torch_does(scaler):
             unscaling = _Unscaling(scaler, parameters, norm_type, rule, selection)
@@ -96,6 +96,11 @@ def unscale_and_clip_grad_norm_(
         else:
             scaler.unscale_(optimizer)
     return clip_grad_norm_(parameters, rule.max_norm, norm_type, backend=backend)
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer, or of a framework's wrapper of one."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _unscales_as_torch_does(scaler: Any) -> bool:

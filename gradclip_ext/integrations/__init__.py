@@ -4,3 +4,8 @@
 that adapt, norms in the logs, fused optimizers under a GradScaler, one collective instead of several. Each
 imports its framework, which this package does not install.
 """
+
+DEEPSPEED_CLIPS_BY_ITSELF = (
+    "DeepSpeed clips by itself, after backward: set gradient_clipping in its configuration "
+    "instead of ClipGradients (gradclip_ext.integrations.deepspeed makes that faster)"
+)

@@ -12,10 +12,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from gradclip_ext import clip_grad_norm_, clip_grad_value_, unscale_and_clip_grad_norm_
+from gradclip_ext.amp import parameters_of
 from gradclip_ext.arguments import as_float, as_limit
+from gradclip_ext.integrations import DEEPSPEED_CLIPS_BY_ITSELF
 from gradclip_ext.norms import Limit
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
@@ -64,10 +65,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
                 "ClipGradients: leave one of the two out"
             )
         if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise NotImplementedError(
-                "DeepSpeed clips by itself, after backward: set gradient_clipping in its configuration "
-                "instead of ClipGradients (gradclip_ext.integrations.deepspeed makes that faster)"
-            )
+            raise NotImplementedError(DEEPSPEED_CLIPS_BY_ITSELF)
         if isinstance(trainer.strategy, FSDPStrategy) and self._group is None:
             raise ValueError(
                 "FSDPStrategy shards plain tensors, whose norm is a part of the model's on each rank: pass "
@@ -82,7 +80,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
             _refuse_group(self._group)
             norm = unscale_and_clip_grad_norm_(scaler, optimizer, self.max_norm, self.norm_type)
         else:
-            parameters = _parameters(optimizer)
+            parameters = parameters_of(optimizer)
             norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type, group=self._group)
         if self._log is not None:
             pl_module.log(self._log, norm)
@@ -118,18 +116,14 @@ class MixedPrecision(precision.MixedPrecision):  # type: ignore[misc]
         if is_scaled:
             self.scaler.unscale_(optimizer)
         if by_norm:
-            clip_grad_norm_(_parameters(optimizer), clip_val)
+            clip_grad_norm_(parameters_of(optimizer), clip_val)
         else:
-            clip_grad_value_(_parameters(optimizer), clip_val)
+            clip_grad_value_(parameters_of(optimizer), clip_val)
 
 
 def _is_still_scaled(optimizer: Any) -> bool:
     """Tell whether Lightning leaves the unscaling to the optimizer's step, as with fused ones."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _parameters(optimizer: Any) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _refuse_group(group: Any) -> None:

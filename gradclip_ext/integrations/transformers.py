@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from gradclip_ext import clip_grad_norm_
 from gradclip_ext.arguments import as_float, as_limit
+from gradclip_ext.integrations import DEEPSPEED_CLIPS_BY_ITSELF
 from gradclip_ext.norms import Limit
 
 STATE_FILE = "gradclip_ext.pt"
@@ -62,10 +63,7 @@ class ClipGradients(TrainerCallback):  # type: ignore[misc]
                 "pass max_grad_norm=0.0 to TrainingArguments"
             )
         if getattr(args, "deepspeed", None):
-            raise NotImplementedError(
-                "DeepSpeed clips by itself, after backward: set gradient_clipping in its configuration "
-                "instead of ClipGradients (gradclip_ext.integrations.deepspeed makes that faster)"
-            )
+            raise NotImplementedError(DEEPSPEED_CLIPS_BY_ITSELF)
         if isinstance(self.max_norm, torch.nn.Module):
             self.max_norm.to(args.device)
 

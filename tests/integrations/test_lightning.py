@@ -15,7 +15,7 @@ pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed
 
 from lightning.pytorch.plugins import precision  # noqa: E402
 
-from gradclip_ext import calls, patch_torch  # noqa: E402
+from gradclip_ext import patch_torch  # noqa: E402
 from gradclip_ext.integrations.lightning import ClipGradients, MixedPrecision  # noqa: E402
 from gradclip_ext.thresholds import ZClip  # noqa: E402
 
@@ -57,14 +57,13 @@ def expected(tmp_path: Path) -> Module:
 
 
 def test_the_patch_reaches_the_trainer(
-    expected: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    expected: Module, tmp_path: Path, counts: dict[tuple[str, str], int]
 ) -> None:
-    monkeypatch.setattr(calls, "_counts", {})
     module = Module()
     with patch_torch():
         fit(module, tmp_path, gradient_clip_val=MAX_NORM)
     assert_same_weights(module, expected)
-    assert {function: n for (function, _), n in calls._counts.items()} == {"clip_grad_norm_": 4}
+    assert {function: n for (function, _), n in counts.items()} == {"clip_grad_norm_": 4}
 
 
 def test_the_callback_clips_and_logs(expected: Module, tmp_path: Path) -> None:
