@@ -77,9 +77,7 @@ class ForeachBackend:
             scaled = [_without_complex32(t) for t in scaled]
         if clip_coef.dim():
             for tensor, coef in zip(scaled, clip_coef.unbind()):
-                # On an accelerator a 0-d coefficient would be rounded to the dtype of the tensor.
-                of_dims = coef if host_sees(coef) else coef.reshape((1,) * tensor.dim())
-                _scale_([tensor], of_dims, may_zero)
+                _scale_([tensor], coef, may_zero)
         elif not (host_sees(clip_coef) and clip_coef.item() >= 1.0):
             for group in _batches(scaled, self._batched):
                 _scale_(group, clip_coef, may_zero)
@@ -145,13 +143,32 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
         if coef < 0.0:
             torch._foreach_zero_(tensors)
             return
-    if len(tensors) > 1:
-        torch._foreach_mul_(tensors, clip_coef)
-    else:
-        tensors[0].mul_(clip_coef)
+    halves = [] if clip_coef.device.type == "cpu" else [t for t in tensors if _is_strided_half(t)]
+    if halves:
+        _scale_halves_(halves, clip_coef.to(torch.float32))
+    wide = [t for t in tensors if not _is_strided_half(t)] if halves else tensors
+    if len(wide) > 1:
+        torch._foreach_mul_(wide, clip_coef)
+    elif wide:
+        wide[0].mul_(clip_coef)
     if may_zero and not host_sees(clip_coef):
         for tensor in tensors:  # the product may be NaN
             tensor.masked_fill_(clip_coef < 0.0, 0.0)
+
+
+def _is_strided_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16) and tensor.layout is torch.strided
+
+
+def _scale_halves_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+    """Multiply in float32. On an accelerator torch rounds a 0-d coefficient to the tensor's dtype first, an
+    error of up to 0.2 % in bfloat16; a coefficient that has a dimension keeps its own dtype."""
+    with_dims = [tensor for tensor in tensors if tensor.dim() > 0]
+    if with_dims:
+        torch._foreach_mul_(with_dims, [clip_coef.reshape(1)] * len(with_dims))
+    for tensor in tensors:
+        if tensor.dim() == 0:
+            tensor.copy_(tensor * clip_coef)
 
 
 def _without_complex32(tensor: Tensor) -> Tensor:

@@ -28,8 +28,11 @@ def test_parity_over_layouts_and_containers(backend: Target, dtype: torch.dtype)
             # Clamping rounds only the bound, once.
             exact = reference.clamp(before, -clip_value, clip_value)
             for grad, twin, old, clamped in zip(grads, twins, outside, exact):
-                oracle.assert_same_bits(grad, twin.grad, what)
-                oracle.assert_same_bits(grad.cpu(), clamped.to(dtype), what)
+                # Between the bounds -0.0 and 0.0, a GPU's maximum and minimum may return either.
+                oracle.assert_within_ulps(grad, twin.grad, 0, what)
+                oracle.assert_within_ulps(grad.cpu(), clamped.to(dtype), 0, what)
+                if clip_value > 0.0:
+                    oracle.assert_same_bits(grad, twin.grad, what)
                 oracle.assert_same_bits(oracle.gaps(grad), old, f"{what}: gaps")
             assert all(p.grad is g for p, g in zip(params, grads)), what
 

@@ -52,6 +52,8 @@ def mixed(backend: Target) -> list[torch.Tensor]:
     params += backend.parameters((4, 4), dtype=torch.bfloat16)
     params += backend.parameters((3,), dtype=torch.complex64)
     params.append(parameter(backend.random(8, 6)[::2, 1::2]))
+    for param in params:
+        param.data.fill_(1.0)
     return params
 
 

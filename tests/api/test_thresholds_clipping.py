@@ -68,7 +68,7 @@ def test_clipping_what_is_not_finite(backend: Target, bad: float) -> None:
                 assert_same_states(rule, state)
             else:
                 assert rule.averages[0] == state.averages[0]
-                assert torch.equal(rule.steps - state.steps, torch.tensor([0, 1, 1]))
+                assert (rule.steps - state.steps).tolist() == [0, 1, 1]
                 assert all(grad.any() for grad in grads_of(params)[1:]), before
 
 
