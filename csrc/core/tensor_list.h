@@ -72,10 +72,10 @@ GRADCLIP_HOST_DEVICE constexpr int64_t chunk_count(int64_t numel, int64_t chunk_
 template <typename Index>
 GRADCLIP_HOST_DEVICE constexpr int64_t tensor_of(const Index* prefix, int64_t tensors,
                                                  int64_t chunk) {
-  int64_t low = 0, high = tensors;  // prefix[low] <= chunk < prefix[high]
+  Index low = 0, high = static_cast<Index>(tensors);  // prefix[low] <= chunk < prefix[high]
   while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    if (prefix[middle] <= chunk) {
+    const Index middle = low + (high - low) / 2;
+    if (prefix[middle] <= static_cast<Index>(chunk)) {
       low = middle;
     } else {
       high = middle;
@@ -253,30 +253,38 @@ constexpr int64_t kSmallLaunchBytes = 4096;
 constexpr int64_t kLargeLaunchBytes = 32764;
 constexpr int64_t kOtherParameterBytes = 128;
 
-/// The tensors of one launch, passed by value; 20 bytes per tensor, and 20 beside.
+/// The tensors of one launch, passed by value; 14 bytes per tensor, and 20 beside.
 template <int kCapacity>
 struct LaunchTable {
-  void* data[kCapacity];
-  int64_t numel_and_dtype[kCapacity];
-  int64_t first_chunk;   // the index in the whole list of the launch's first chunk
-  int32_t first_tensor;  // and of its first tensor
+  uint64_t data_and_dtype[kCapacity];  // no address uses the two highest bits
+  int64_t first_chunk;                 // the index in the whole list of the launch's first chunk
+  int32_t first_tensor;                // and of its first tensor
   int32_t tensors;
   int32_t chunk_prefix[kCapacity + 1];  // counted from first_chunk
+  uint16_t last_chunk_numel_less_1[kCapacity];
 
-  GRADCLIP_HOST_DEVICE int64_t chunks() const { return chunk_prefix[tensors]; }
-  GRADCLIP_HOST_DEVICE int64_t numel(int64_t tensor) const {
-    return numel_and_dtype[tensor] / kDTypes;
+  GRADCLIP_HOST_DEVICE int32_t chunks() const { return chunk_prefix[tensors]; }
+  GRADCLIP_HOST_DEVICE char* data(int64_t tensor) const {
+    return reinterpret_cast<char*>(data_and_dtype[tensor] & kAddressBits);
   }
   GRADCLIP_HOST_DEVICE DType dtype(int64_t tensor) const {
-    return static_cast<DType>(numel_and_dtype[tensor] % kDTypes);
+    return static_cast<DType>(data_and_dtype[tensor] >> kDTypeShift);
   }
+  /// The number of elements of a chunk of `tensor`. All but its last have `chunk_numel`.
+  GRADCLIP_HOST_DEVICE int32_t numel(int32_t chunk, int64_t tensor, int32_t chunk_numel) const {
+    const bool is_last = chunk + 1 == chunk_prefix[tensor + 1];
+    return is_last ? last_chunk_numel_less_1[tensor] + 1 : chunk_numel;
+  }
+
+  static constexpr int kDTypeShift = 62;
+  static constexpr uint64_t kAddressBits = (uint64_t{1} << kDTypeShift) - 1;
 };
 
 constexpr int launch_capacity(int64_t parameter_bytes) {
-  return static_cast<int>((parameter_bytes - kOtherParameterBytes - 24) / 20);
+  return static_cast<int>((parameter_bytes - kOtherParameterBytes - 24) / 14);
 }
-constexpr int kSmallLaunchTensors = launch_capacity(kSmallLaunchBytes);  // 197
-constexpr int kLargeLaunchTensors = launch_capacity(kLargeLaunchBytes);  // 1,630
+constexpr int kSmallLaunchTensors = launch_capacity(kSmallLaunchBytes);  // 281
+constexpr int kLargeLaunchTensors = launch_capacity(kLargeLaunchBytes);  // 2,329
 static_assert(sizeof(LaunchTable<kSmallLaunchTensors>) + kOtherParameterBytes <= kSmallLaunchBytes);
 static_assert(sizeof(LaunchTable<kLargeLaunchTensors>) + kOtherParameterBytes <= kLargeLaunchBytes);
 
@@ -290,7 +298,8 @@ inline int64_t launch_end(const TensorList& list, int64_t first, int64_t max_ten
          prefix - 1;
 }
 
-/// Fills `table` with the tensors of the launch that begins at `first`; returns its end.
+/// Fills `table` with the tensors of the launch that begins at `first`; returns its end. Chunks
+/// have at most 65,536 elements.
 template <int kCapacity>
 int64_t fill_launch(const TensorList& list, int64_t first, LaunchTable<kCapacity>& table) {
   const int64_t* prefix = list.chunk_prefix();
@@ -301,8 +310,11 @@ int64_t fill_launch(const TensorList& list, int64_t first, LaunchTable<kCapacity
   table.tensors = 0;
   for (int64_t tensor = first; tensor < end; ++tensor) {
     const Span& grad = list[tensor];
-    table.data[table.tensors] = grad.data;
-    table.numel_and_dtype[table.tensors] = grad.numel * kDTypes + static_cast<int64_t>(grad.dtype);
+    const Chunk last = list.chunk(prefix[tensor + 1] - 1, tensor);
+    table.data_and_dtype[table.tensors] =
+        reinterpret_cast<uint64_t>(grad.data) | static_cast<uint64_t>(grad.dtype)
+                                                    << LaunchTable<kCapacity>::kDTypeShift;
+    table.last_chunk_numel_less_1[table.tensors] = static_cast<uint16_t>(last.length - 1);
     table.chunk_prefix[++table.tensors] = static_cast<int32_t>(prefix[tensor + 1] - prefix[first]);
   }
   return end;

@@ -57,7 +57,7 @@ __device__ __noinline__ ScaledSum unit_sum(DType dtype, char* data, int numel, W
 __device__ __noinline__ void scale_unit(DType dtype, char* data, int numel, WarpTiles tiles,
                                         double coef, int lane) {
   with_dtype<true>(dtype, data, numel, [&](auto* x, int n) {
-    update_tiles(x, n, tiles.first, tiles.stride, lane, [coef](auto& element) {
+    update_tiles(x, n, tiles, lane, [coef](auto& element) {
       multiply(element, coef);
       return true;
     });
@@ -96,10 +96,10 @@ __global__ __launch_bounds__(kThreads, kAdaptiveBlocks) void adaptive_kernel(
     const DType dtype = table.grad_dtypes[t], weight_dtype = table.weight_dtypes[t];
     char* grad = static_cast<char*>(table.grads[t]) + unit * numel * item_size(dtype);
     char* weight = static_cast<char*>(table.weights[t]) + unit * numel * item_size(weight_dtype);
-    const WarpTiles tiles(is_by_warp ? 0 : warp, is_by_warp ? 1 : kWarps);
+    const WarpTiles tiles{is_by_warp ? 0 : warp, is_by_warp ? 1 : kWarps};
     const ScaledSum of_weight = unit_sum<true>(weight_dtype, weight, numel, tiles, rule.p, lane);
-    const ScaledSum of_grad = unit_sum<false>(dtype, grad, numel, tiles, rule.p, lane);
     const double weight_norm = unit_norm(of_weight, is_by_warp, rule.p, shared);
+    const ScaledSum of_grad = unit_sum<false>(dtype, grad, numel, tiles, rule.p, lane);
     const double norm = unit_norm(of_grad, is_by_warp, rule.p, shared);
     const double coef = rule.clip_coef(norm, weight_norm);
     if (coef != 1.0) scale_unit(dtype, grad, numel, tiles, coef, lane);

@@ -21,20 +21,21 @@ __device__ float comparable(T x) {
 
 /// Contract: kThreads threads, any grid, any dtypes; the bounds are in the range of every dtype in
 /// the table and are rounded to it. Stores only vectors that changed: moves N bytes if no element
-/// exceeds a bound, and at most 2N.
+/// exceeds a bound, and at most 2N. All but the first launch of a list may start early.
 template <typename Table>
 __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constant__ Table table,
-                                                            const double min, const double max) {
+                                                            const double min, const double max,
+                                                            const bool ours_follows) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (ours_follows) let_next_kernel_launch();
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int chunk, int, DType dtype, char* data, int64_t length) {
-    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
+  for_each_chunk(table, run, [&](int chunk, int, DType dtype, char* data, int length) {
     with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
       using T = std::remove_reference_t<decltype(*x)>;
       T low, high;
       round_bound(min, low);
       round_bound(max, high);
-      update_tiles(x, n, tiles.first, tiles.stride, lane, [&](T& item) {
+      update_tiles(x, n, tiles_of_chunk(chunk, warp), lane, [&](T& item) {
         const auto value = comparable(item);  // NaN is neither below nor above, and stays
         const bool below = value < comparable(low);
         const bool above = value > comparable(high);
@@ -43,6 +44,7 @@ __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constan
       });
     });
   });
+  wait_for_previous_kernel();
 }
 
 }  // namespace gradclip::cuda

@@ -137,7 +137,8 @@ cudaError_t enqueue(void (*kernel)(Parameters...), unsigned blocks, bool depende
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
-/// Calls `launch(table, device, is_last)` for one table after the other, in the given order.
+/// Calls `launch(table, device, is_first, is_last)` for one table after the other, in the given
+/// order.
 template <int kCapacity, typename Launch>
 cudaError_t for_each_table(const TensorList& list, Order order, const Device& device,
                            Launch&& launch) {
@@ -149,7 +150,8 @@ cudaError_t for_each_table(const TensorList& list, Order order, const Device& de
   LaunchTable<kCapacity> table;
   for (const int64_t& first : firsts) {
     fill_launch(list, first, table);
-    const cudaError_t error = launch(table, device, &first == &firsts.back());
+    const cudaError_t error =
+        launch(table, device, &first == &firsts.front(), &first == &firsts.back());
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -213,7 +215,7 @@ cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutp
   out.chunks = list.chunks();
   out.tensors = list.size();
   out.largest_is_norm = std::isinf(norm_type);
-  const auto launch = [&](const auto& table, const Device& device, bool is_last) {
+  const auto launch = [&](const auto& table, const Device& device, bool, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.is_last_launch = is_last;
     if (!is_in_float32(list, norm_type)) {
@@ -285,17 +287,18 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, const Limits& 
   out.clip_coef = buffers.clip_coef;
   out.is_float64 = buffers.is_float64;
   out.limits = limits;
-  const auto launch = [&](const auto& table, const Device& device, bool is_last) {
+  const auto launch = [&](const auto& table, const Device& device, bool is_first, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.arrivals = is_last ? counter : nullptr;
     const unsigned blocks = blocks_for(list, table, device);
+    const bool dependent = device.dependent_launch && !is_first;
     if (!is_in_float32(list, norm_type)) {
-      return enqueue(norm_float64_kernel<Table>, blocks, false, stream, table, out, norm_type);
+      return enqueue(norm_float64_kernel<Table>, blocks, dependent, stream, table, out, norm_type);
     }
     const auto kernel = norm_type == 2.0   ? norm_kernel<L2, Table>
                         : norm_type == 1.0 ? norm_kernel<L1, Table>
                                            : norm_kernel<LInf, Table>;
-    return enqueue(kernel, blocks, false, stream, table, out);
+    return enqueue(kernel, blocks, dependent, stream, table, out);
   };
   return for_each_launch(list, Order::kForward, launch);
 }
@@ -344,19 +347,20 @@ cudaError_t launch_clip_adaptive(const AdaptiveLists& lists, const AdaptiveRule&
 }
 
 cudaError_t launch_scale(const TensorList& list, const Coefficients& coefs, cudaStream_t stream) {
-  const auto launch = [&](const auto& table, const Device& device, bool) {
+  const auto launch = [&](const auto& table, const Device& device, bool, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     return enqueue(scale_kernel<Table>, blocks_for(list, table, device), device.dependent_launch,
-                   stream, table, coefs);
+                   stream, table, coefs, !is_last);
   };
   return for_each_launch(list, Order::kBackward, launch);
 }
 
 cudaError_t launch_clamp(const TensorList& list, double min, double max, cudaStream_t stream) {
-  const auto launch = [&](const auto& table, const Device& device, bool) {
+  const auto launch = [&](const auto& table, const Device& device, bool is_first, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
-    return enqueue(clamp_kernel<Table>, blocks_for(list, table, device), false, stream, table, min,
-                   max);
+    const bool dependent = device.dependent_launch && !is_first;
+    return enqueue(clamp_kernel<Table>, blocks_for(list, table, device), dependent, stream, table,
+                   min, max, !is_last);
   };
   return for_each_launch(list, Order::kForward, launch);
 }

@@ -18,9 +18,9 @@ struct NormOutput {
   bool is_float64;     // some gradient is float64
   Limits limits;
 
-  /// Whether the next kernel on the stream is scale_kernel. Only that one may be allowed to start
-  /// early, because it waits before it reads what this kernel wrote.
-  __device__ bool scale_follows() const { return arrivals != nullptr && !limits.only_report(); }
+  /// Whether the next kernel on the stream is one of ours: the list's next norm kernel, or
+  /// scale_kernel.
+  __device__ bool ours_follows() const { return arrivals == nullptr || !limits.only_report(); }
 };
 
 /// Writes the norm and the coefficient in the precision of the result.
@@ -66,36 +66,48 @@ __device__ __noinline__ double warp_sum_float64(const T* x, int length, WarpTile
   return warp_reduce<Norm>(sum);
 }
 
-/// Returns the sum of a warp's tiles of one chunk. `kReadOnly` as in load_tile.
+/// A lane's part of a norm.
+template <typename Norm>
+struct NormLane {
+  struct Result {
+    typename Norm::Sum sum;
+    unsigned bits;  // of all elements, where Norm::kMayLeaveRange
+  };
+
+  template <typename T>
+  __device__ void add(const Vec<T>& vec) {
+    if constexpr (Norm::kMayLeaveRange) {
+      bits |= vec.words.x | vec.words.y | vec.words.z | vec.words.w;
+    }
+#pragma unroll
+    for (int k = 0; k < kVecNumel<T>; ++k) {
+      sums[k % Norm::kSums] = Norm::add(sums[k % Norm::kSums], to_float(vec.items[k]));
+    }
+  }
+  __device__ Result result() const { return {Norm::merge(sums), bits}; }
+
+  typename Norm::Sum sums[Norm::kSums] = {};
+  unsigned bits = 0;
+};
+
+/// Returns the sum of a warp's tiles of one chunk. `kReadOnly` as in read_tile.
 template <typename Norm, bool kReadOnly = true, typename T>
 __device__ double warp_sum(const T* x, int length, WarpTiles tiles, int lane) {
+  if (tiles.first * kTileNumel<T> >= length) return 0.0;
   double total = 0.0;
   unsigned bits = 0;
   for (int tile = tiles.first * kTileNumel<T>; tile < length;
        tile += tiles.stride * kTileNumel<T>) {
-    Vec<T> vecs[kLoads];
-    load_tile<kReadOnly>(vecs, x, tile, length, lane);
-    typename Norm::Sum sums[4] = {};
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      if constexpr (Norm::kMayLeaveRange) {
-        bits |= vecs[j].words.x | vecs[j].words.y;
-        bits |= vecs[j].words.z | vecs[j].words.w;
-      }
-#pragma unroll
-      for (int k = 0; k < kVecNumel<T>; ++k) {
-        sums[k % 4] = Norm::add(sums[k % 4], to_float(vecs[j].items[k]));
-      }
-    }
-    total = Norm::combine(total, Norm::to_float64(Norm::merge(Norm::merge(sums[0], sums[1]),
-                                                              Norm::merge(sums[2], sums[3]))));
+    const auto found = read_tile<NormLane<Norm>, kReadOnly>(x + tile, length - tile, lane);
+    total = Norm::combine(total, Norm::to_float64(found.sum));
+    bits |= found.bits;
   }
   total = warp_reduce<Norm>(total);
   if constexpr (Norm::kMayLeaveRange) {
     // A sum of 0 is right if no bit of an element was set: gradients of embeddings have many zero
-    // rows.
-    const bool in_range = total >= 1e-30 && total < INFINITY;
-    if (!in_range && __any_sync(kAllLanes, bits != 0)) {
+    // rows. A NaN among magnitudes comes from an element.
+    const bool may_be_wrong = total < 1e-30 || total == INFINITY;
+    if (may_be_wrong && __any_sync(kAllLanes, bits != 0)) {
       total = warp_sum_float64<Norm>(x, length, tiles, lane);
     }
   }
@@ -104,7 +116,8 @@ __device__ double warp_sum(const T* x, int length, WarpTiles tiles, int lane) {
 
 /// Contract: kThreads threads; any grid; a table of float32, bfloat16 and float16 tensors. Writes
 /// out.partials[c] for the chunks of the launch. In a launch that has `arrivals`, the last block to
-/// finish writes the norm and the coefficient. The bits depend on values and sizes only.
+/// finish writes the norm and the coefficient. The bits depend on values and sizes only. All but
+/// the first launch of a list may start early: what they read, the first has found written.
 template <typename Norm, typename Table>
 __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant__ Table table,
                                                            const __grid_constant__ NormOutput out) {
@@ -112,14 +125,15 @@ __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant
   constexpr int kBatch = 16;
   __shared__ double sums[kBatch][kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (out.ours_follows()) let_next_kernel_launch();
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int chunk, int, DType dtype, char* data, int64_t length) {
-    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
-    double sum = 0.0;
-    with_dtype<false>(dtype, data, length,
-                      [&](auto* x, int n) { sum = warp_sum<Norm>(x, n, tiles, lane); });
+  for_each_chunk(table, run, [&](int chunk, int, DType dtype, char* data, int length) {
+    double sum;
+    with_dtype<false>(dtype, data, length, [&](auto* x, int n) {
+      sum = warp_sum<Norm>(x, n, tiles_of_chunk(chunk, warp), lane);
+    });
     const int slot = (chunk - run.begin) % kBatch;
-    if (lane == 0) sums[slot][warp] = sum;
+    if (lane == 0) sums[slot][tiles_of_chunk(chunk, warp).first] = sum;
     if (slot == kBatch - 1 || chunk == run.end - 1) {
       __syncthreads();
       if (threadIdx.x <= slot) {
@@ -130,7 +144,7 @@ __global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant
       __syncthreads();
     }
   });
-  if (out.scale_follows()) let_next_kernel_launch();
+  wait_for_previous_kernel();
   if (out.arrivals != nullptr && is_last_block(out.arrivals)) finalize<Norm>(out);
 }
 

@@ -111,9 +111,10 @@ __global__ __launch_bounds__(kThreads,
   __shared__ double shared[kWarps];
   ScaledSum* partials = reinterpret_cast<ScaledSum*>(out.partials);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (out.ours_follows()) let_next_kernel_launch();
+  const WarpTiles tiles{warp, kWarps};
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(table, run, [&](int chunk, int, DType dtype, char* data, int64_t length) {
-    const WarpTiles tiles(chunk, length * item_size(dtype), warp);
+  for_each_chunk(table, run, [&](int chunk, int, DType dtype, char* data, int length) {
     ScaledSum of_warp = {0.0, 0.0};
     with_dtype<true>(dtype, data, length,
                      [&](auto* x, int n) { of_warp = warp_scaled_sum(x, n, tiles, p, lane); });
@@ -124,7 +125,7 @@ __global__ __launch_bounds__(kThreads,
     if (threadIdx.x == 0) partials[table.first_chunk + chunk] = {largest, sum};
     __syncthreads();
   });
-  if (out.scale_follows()) let_next_kernel_launch();
+  wait_for_previous_kernel();
   if (out.arrivals != nullptr && is_last_block(out.arrivals)) finalize_float64(out, p);
 }
 

@@ -25,7 +25,7 @@ struct TensorOutput {
   bool is_last_launch;
   Limits limits;
 
-  /// As NormOutput::scale_follows.
+  /// Whether scale_kernel follows, which may start early.
   __device__ bool scale_follows() const { return is_last_launch && clip_coefs != nullptr; }
   __device__ bool has_total() const { return is_last_launch && statistics != nullptr; }
 };
@@ -181,38 +181,35 @@ __global__ __launch_bounds__(kThreads,
   __shared__ Partial found[kBatch][kWarps];
   __shared__ int alone[kBatch];  // the tensor that has no other chunk than this one, or -1
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(
-      table, run, [&](int chunk, int tensor, DType dtype, char* data, int64_t length) {
-        const WarpTiles tiles(chunk, length * item_size(dtype), warp);
-        const int slot = (chunk - run.begin) % kBatch;
-        with_dtype<false>(dtype, data, length, [&](auto* x, int n) {
-          Partial of_warp = {};
-          read_tiles<Norm>(x, n, tiles, lane, of_warp);
-          if (lane == 0) found[slot][warp] = of_warp;
-        });
-        if (threadIdx.x == 0) {
-          const int chunks = table.chunk_prefix[tensor + 1] - table.chunk_prefix[tensor];
-          alone[slot] = chunks == 1 ? tensor : -1;
-        }
-        if (slot == kBatch - 1 || chunk == run.end - 1) {
-          __syncthreads();
-          if (threadIdx.x <= slot) {
-            Partial value = {};
-            for (int w = 0; w < kWarps; ++w) {
-              value.sum = Norm::combine(value.sum, found[threadIdx.x][w].sum);
-              add(value, found[threadIdx.x][w]);
-            }
-            const int of = alone[threadIdx.x];
-            static_cast<Partial*>(out.partials)[table.first_chunk + chunk - slot + threadIdx.x] =
-                value;
-            if (of >= 0)
-              write_tensor(out, table.first_tensor + of, Norm::finalize(value.sum), value);
-          }
-          __syncthreads();
-        }
-      });
   if (out.scale_follows()) let_next_kernel_launch();
+  const Run run(table.chunks(), blockIdx.x, gridDim.x);
+  for_each_chunk(table, run, [&](int chunk, int tensor, DType dtype, char* data, int length) {
+    const WarpTiles tiles = tiles_of_chunk(chunk, warp);
+    const int slot = (chunk - run.begin) % kBatch;
+    with_dtype<false>(dtype, data, length, [&](auto* x, int n) {
+      Partial of_warp = {};
+      read_tiles<Norm>(x, n, tiles, lane, of_warp);
+      if (lane == 0) found[slot][tiles.first] = of_warp;
+    });
+    if (threadIdx.x == 0) {
+      const int chunks = table.chunk_prefix[tensor + 1] - table.chunk_prefix[tensor];
+      alone[slot] = chunks == 1 ? tensor : -1;
+    }
+    if (slot == kBatch - 1 || chunk == run.end - 1) {
+      __syncthreads();
+      if (threadIdx.x <= slot) {
+        Partial value = {};
+        for (int w = 0; w < kWarps; ++w) {
+          value.sum = Norm::combine(value.sum, found[threadIdx.x][w].sum);
+          add(value, found[threadIdx.x][w]);
+        }
+        const int of = alone[threadIdx.x];
+        static_cast<Partial*>(out.partials)[table.first_chunk + chunk - slot + threadIdx.x] = value;
+        if (of >= 0) write_tensor(out, table.first_tensor + of, Norm::finalize(value.sum), value);
+      }
+      __syncthreads();
+    }
+  });
   if (table.chunks() == table.tensors && !out.has_total()) return;  // all are complete
   if (!is_last_block(out.arrivals)) return;
   finalize_tensors<Norm, Partial>(table, out);

@@ -49,31 +49,30 @@ __global__ __launch_bounds__(kThreads, kTensorsFloat64Blocks) void tensors_float
   __shared__ double shared[kWarps], counted[2][kWarps];
   auto* partials = static_cast<StatisticsPartial*>(out.partials);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const WarpTiles tiles{warp, kWarps};
   const Run run(table.chunks(), blockIdx.x, gridDim.x);
-  for_each_chunk<false>(
-      table, run, [&](int chunk, int tensor, DType dtype, char* data, int64_t length) {
-        const WarpTiles tiles(chunk, length * item_size(dtype), warp);
-        ScaledSum of_warp = {0.0, 0.0};
-        StatisticsPartial found = {};
-        with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
-          of_warp = warp_scaled_sum(x, n, tiles, p, lane);
-          if (out.statistics != nullptr) warp_counts(x, n, tiles, lane, found);
-        });
-        found.largest = block_max(of_warp.largest, shared);
-        const bool has_sum = lane == 0 && can_divide_by(found.largest);
-        found.sum = block_reduce<L1>(
-            has_sum ? rescaled(of_warp.sum, of_warp.largest, found.largest, p) : 0.0, shared);
-        found.zeros = block_reduce<L1>(lane == 0 ? found.zeros : 0.0, counted[0]);
-        found.nonfinite = block_reduce<L1>(lane == 0 ? found.nonfinite : 0.0, counted[1]);
-        if (threadIdx.x == 0) {
-          partials[table.first_chunk + chunk] = found;
-          if (table.chunk_prefix[tensor + 1] - table.chunk_prefix[tensor] == 1) {
-            const double norm = norm_of(found.largest, found.sum, p);
-            write_tensor(out, table.first_tensor + tensor, norm, found);
-          }
-        }
-        __syncthreads();
-      });
+  for_each_chunk(table, run, [&](int chunk, int tensor, DType dtype, char* data, int length) {
+    ScaledSum of_warp = {0.0, 0.0};
+    StatisticsPartial found = {};
+    with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
+      of_warp = warp_scaled_sum(x, n, tiles, p, lane);
+      if (out.statistics != nullptr) warp_counts(x, n, tiles, lane, found);
+    });
+    found.largest = block_max(of_warp.largest, shared);
+    const bool has_sum = lane == 0 && can_divide_by(found.largest);
+    found.sum = block_reduce<L1>(
+        has_sum ? rescaled(of_warp.sum, of_warp.largest, found.largest, p) : 0.0, shared);
+    found.zeros = block_reduce<L1>(lane == 0 ? found.zeros : 0.0, counted[0]);
+    found.nonfinite = block_reduce<L1>(lane == 0 ? found.nonfinite : 0.0, counted[1]);
+    if (threadIdx.x == 0) {
+      partials[table.first_chunk + chunk] = found;
+      if (table.chunk_prefix[tensor + 1] - table.chunk_prefix[tensor] == 1) {
+        const double norm = norm_of(found.largest, found.sum, p);
+        write_tensor(out, table.first_tensor + tensor, norm, found);
+      }
+    }
+    __syncthreads();
+  });
   if (out.scale_follows()) let_next_kernel_launch();
   if (table.chunks() == table.tensors && !out.has_total()) return;  // all are complete
   if (!is_last_block(out.arrivals)) return;

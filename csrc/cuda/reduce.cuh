@@ -18,9 +18,10 @@ __device__ inline double nan_max(double a, double b) { return a > b || a != a ? 
 /// 18/2 * 2^-24 = 5.4e-7. Tiles are added in float64.
 struct L2 {
   using Sum = float;
+  static constexpr int kSums = 4;  // running sums of a lane
   static constexpr bool kMayLeaveRange = true;
   __device__ static float add(float sum, float x) { return fmaf(x, x, sum); }
-  __device__ static float merge(float a, float b) { return a + b; }
+  __device__ static float merge(const float (&s)[kSums]) { return (s[0] + s[1]) + (s[2] + s[3]); }
   __device__ static double to_float64(float sum) { return sum; }
   __device__ static double combine(double a, double b) { return a + b; }
   __device__ static double float64_term(double x) { return x * x; }
@@ -30,9 +31,10 @@ struct L2 {
 /// p = 1.
 struct L1 {
   using Sum = float;
+  static constexpr int kSums = 4;  // running sums of a lane
   static constexpr bool kMayLeaveRange = true;
   __device__ static float add(float sum, float x) { return sum + fabsf(x); }
-  __device__ static float merge(float a, float b) { return a + b; }
+  __device__ static float merge(const float (&s)[kSums]) { return (s[0] + s[1]) + (s[2] + s[3]); }
   __device__ static double to_float64(float sum) { return sum; }
   __device__ static double combine(double a, double b) { return a + b; }
   __device__ static double float64_term(double x) { return fabs(x); }
@@ -42,11 +44,12 @@ struct L1 {
 /// p = inf. Magnitudes are compared as integers. In their order NaN is above inf, so NaN is kept.
 struct LInf {
   using Sum = unsigned;
+  static constexpr int kSums = 2;
   static constexpr bool kMayLeaveRange = false;
   __device__ static unsigned add(unsigned largest, float x) {
     return max(largest, __float_as_uint(x) & 0x7fffffffu);
   }
-  __device__ static unsigned merge(unsigned a, unsigned b) { return max(a, b); }
+  __device__ static unsigned merge(const unsigned (&s)[kSums]) { return max(s[0], s[1]); }
   __device__ static double to_float64(unsigned largest) { return __uint_as_float(largest); }
   __device__ static double combine(double a, double b) { return nan_max(a, b); }
   __device__ static double float64_term(double x) { return fabs(x); }

@@ -46,37 +46,53 @@ __device__ __noinline__ unsigned warp_nonfinite(const T* x, int length, WarpTile
   return warp_count(x, length, tiles, lane, [](T item) { return is_nonfinite(to_float(item)); });
 }
 
+/// A lane's part of a norm and of the statistics.
+template <typename Norm>
+struct StatisticsLane {
+  struct Result {
+    typename Norm::Sum sum;
+    unsigned largest;  // the bits of the largest magnitude; above those of inf if there is a NaN
+    unsigned nonzeros;
+  };
+
+  template <typename T>
+  __device__ void add(const Vec<T>& vec) {
+#pragma unroll
+    for (int k = 0; k < kVecNumel<T>; ++k) {
+      const float item = to_float(vec.items[k]);
+      const unsigned bits = magnitude_bits(item);
+      sums[k % Norm::kSums] = Norm::add(sums[k % Norm::kSums], item);
+      largest = max(largest, bits);
+      nonzeros += bits != 0;
+    }
+  }
+  __device__ Result result() const { return {Norm::merge(sums), largest, nonzeros}; }
+
+  typename Norm::Sum sums[Norm::kSums] = {};
+  unsigned largest = 0, nonzeros = 0;
+};
+
 /// Sums as warp_sum does, in the same order, and so with its error; the largest magnitude and the
 /// number of zeros are exact.
 template <typename Norm, typename T>
 __device__ void read_tiles(const T* x, int length, WarpTiles tiles, int lane,
                            StatisticsPartial& found) {
+  if (tiles.first * kTileNumel<T> >= length) return;
   double total = 0.0;
-  unsigned largest = 0, zeros = 0, padding = 0;
+  unsigned largest = 0, nonzeros = 0;
+  int elements = 0;
   for (int tile = tiles.first * kTileNumel<T>; tile < length;
        tile += tiles.stride * kTileNumel<T>) {
-    Vec<T> vecs[kLoads];
-    load_tile<true>(vecs, x, tile, length, lane);
-    padding = max(0, tile + kTileNumel<T> - length);  // load_tile adds zeros to the last tile
-    typename Norm::Sum sums[4] = {};
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-#pragma unroll
-      for (int k = 0; k < kVecNumel<T>; ++k) {
-        const float item = to_float(vecs[j].items[k]);
-        const unsigned bits = magnitude_bits(item);
-        sums[k % 4] = Norm::add(sums[k % 4], item);
-        largest = max(largest, bits);
-        zeros += bits == 0;
-      }
-    }
-    total = Norm::combine(total, Norm::to_float64(Norm::merge(Norm::merge(sums[0], sums[1]),
-                                                              Norm::merge(sums[2], sums[3]))));
+    const auto part = read_tile<StatisticsLane<Norm>, true>(x + tile, length - tile, lane);
+    total = Norm::combine(total, Norm::to_float64(part.sum));
+    largest = max(largest, part.largest);
+    nonzeros += part.nonzeros;
+    elements += min(length - tile, kTileNumel<T>);
   }
   total = warp_reduce<Norm>(total);
   largest = warp_reduce_max(largest);
   found.largest = __uint_as_float(largest);
-  found.zeros = warp_reduce_add(zeros) - padding;
+  found.zeros = elements - static_cast<int>(warp_reduce_add(nonzeros));
   found.nonfinite = 0.0;
   if (largest >= kInfinityBits) {
     total = found.largest;  // inf, or NaN: the norm, too

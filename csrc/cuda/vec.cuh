@@ -67,34 +67,96 @@ __device__ inline uint4 load_read_only(const void* address) {
 #endif
 }
 
-/// Reads a lane's vectors of a tile; elements from `length` on are 0. `kReadOnly`: this kernel does
-/// not write the tile later.
-template <bool kReadOnly, typename T>
-__device__ void load_tile(Vec<T> (&vecs)[kLoads], const T* x, int tile, int length, int lane) {
-  if (tile + kTileNumel<T> <= length && reinterpret_cast<uintptr_t>(x) % kVecBytes == 0) {
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const T* address = x + tile + (j * kWarp + lane) * kVecNumel<T>;
-      if constexpr (kReadOnly) {
-        vecs[j].words = load_read_only(address);
-      } else {
-        vecs[j].words = *reinterpret_cast<const uint4*>(address);
-      }
-    }
-    // Keeps the arithmetic after the last load; without it only 4 loads are in flight.
-    __syncwarp();
-    return;
-  }
-  // Reading aligned vectors and shifting them would take fewer instructions, but spills registers.
+/// `kReadOnly`: this kernel does not write that memory later.
+template <bool kReadOnly>
+__device__ uint4 load_words(const void* address) {
+  if constexpr (kReadOnly) return load_read_only(address);
+  return *static_cast<const uint4*>(address);
+}
+
+// Three ways to read a lane's elements of a tile, all in the same order. `Lane` is what is made of
+// them: add(vec) takes 16 bytes of elements, to which zeros may have been added, and result() is
+// what is known in the end. Two are calls, because their vectors do not fit the registers beside
+// those of a full tile: the compiler would put all of them into local memory, at a third of the
+// speed (measured on an H200).
+
+/// A tile of kTileNumel elements at an aligned address.
+template <typename Lane, bool kReadOnly, typename T>
+__device__ typename Lane::Result read_full_tile(const T* x, int lane) {
+  Vec<T> vecs[kLoads];
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
-    const int begin = tile + (j * kWarp + lane) * kVecNumel<T>;
+    vecs[j].words = load_words<kReadOnly>(x + (j * kWarp + lane) * kVecNumel<T>);
+  }
+  // Keeps the arithmetic after the last load; without it only 4 loads are in flight.
+  __syncwarp();
+  Lane found;
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) found.add(vecs[j]);
+  return found.result();
+}
+
+/// The last tile of a tensor, at an aligned address: whole vectors, half as many at a time as of a
+/// full tile, and the elements of the one that the end cuts.
+template <typename Lane, bool kReadOnly, typename T>
+__device__ __noinline__ typename Lane::Result read_ragged_tile(const T* x, int length, int lane) {
+  constexpr int kRows = kLoads / 2;
+  const int whole = length / kVecNumel<T>, cut = whole * kVecNumel<T>;
+  Lane found;
+#pragma unroll 1
+  for (int first = 0; first < whole; first += kRows * kWarp) {
+    Vec<T> vecs[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int vec = first + j * kWarp + lane;
+      if (vec < whole) vecs[j].words = load_words<kReadOnly>(x + vec * kVecNumel<T>);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) found.add(vecs[j]);
+  }
+  if (cut == length || whole % kWarp != lane) return found.result();
+  Vec<T> last;
+#pragma unroll
+  for (int k = 0; k + 1 < kVecNumel<T>; ++k) {
+    if (cut + k < length) last.items[k] = x[cut + k];
+  }
+  found.add(last);
+  return found.result();
+}
+
+/// A tile at any address. Reading aligned vectors and shifting them would take fewer instructions,
+/// but spills registers.
+template <typename Lane, typename T>
+__device__ __noinline__ typename Lane::Result read_elements(const T* x, int length, int lane) {
+  Lane found;
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int begin = (j * kWarp + lane) * kVecNumel<T>;
+    Vec<T> vec;
 #pragma unroll
     for (int k = 0; k < kVecNumel<T>; ++k) {
-      if (begin + k < length) vecs[j].items[k] = x[begin + k];
+      if (begin + k < length) vec.items[k] = x[begin + k];
     }
+    found.add(vec);
   }
+  return found.result();
 }
+
+/// Reads a lane's elements of a tile that begins at `x`, of the `length` that are left of the
+/// tensor. `kReadOnly`: this kernel does not write the tile later.
+template <typename Lane, bool kReadOnly, typename T>
+__device__ typename Lane::Result read_tile(const T* x, int length, int lane) {
+  if (reinterpret_cast<uintptr_t>(x) % kVecBytes != 0) return read_elements<Lane>(x, length, lane);
+  if (length < kTileNumel<T>) return read_ragged_tile<Lane, kReadOnly>(x, length, lane);
+  return read_full_tile<Lane, kReadOnly>(x, lane);
+}
+
+/// The tiles that a warp processes: first, first + stride, first + 2 * stride ...
+struct WarpTiles {
+  int first;
+  int stride;
+};
 
 /// Applies `update(element) -> bool` in place to x[begin, end), one element at a time. Writes an
 /// element if `update` returns true.
@@ -107,36 +169,50 @@ __device__ void update_elements(T* x, int begin, int end, int lane, Update&& upd
   }
 }
 
-/// Applies `update(element) -> bool` in place to a warp's tiles of a chunk. Writes a vector if
-/// `update` returns true for one of its elements. No result depends on the lane, so tiles begin at
-/// the first aligned address, and the elements before it belong to the first tile.
+/// Applies `update(element) -> bool` in place to kLoadsInPlace vectors of a lane, of which the
+/// first is at `words` and which are kWarp apart. Writes a vector if `update` returns true for one
+/// of its elements. With `kSome`, only those are there whose number is below `count`.
+template <typename T, bool kSome, typename Update>
+__device__ void update_vectors(uint4* words, int count, Update&& update) {
+  Vec<T> vecs[kLoadsInPlace];
+#pragma unroll
+  for (int j = 0; j < kLoadsInPlace; ++j) {
+    if (!kSome || j * kWarp < count) vecs[j].words = words[j * kWarp];
+  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kLoadsInPlace; ++j) {
+    bool changed = false;
+#pragma unroll
+    for (int k = 0; k < kVecNumel<T>; ++k) changed |= update(vecs[j].items[k]);
+    if (changed && (!kSome || j * kWarp < count)) words[j * kWarp] = vecs[j].words;
+  }
+}
+
+/// Applies `update(element) -> bool` in place to a warp's tiles of a chunk. No result depends on
+/// the lane, so tiles begin at the first aligned address; the elements before it belong to the
+/// first tile, and those after the last whole vector to the last tile.
 template <typename T, typename Update>
-__device__ void update_tiles(T* x, int length, int first, int stride, int lane, Update&& update) {
+__device__ void update_tiles(T* x, int length, WarpTiles tiles, int lane, Update&& update) {
   const auto address = reinterpret_cast<uintptr_t>(x);
   const int head = static_cast<int>(split_vectors(address, length, sizeof(T), kVecBytes).head);
-  if (first == 0) update_elements(x, 0, head, lane, update);
+  if (tiles.first == 0) update_elements(x, 0, head, lane, update);
   x += head;
   length -= head;
-  for (int tile = first * kTileNumel<T>; tile < length; tile += stride * kTileNumel<T>) {
-    if (tile + kTileNumel<T> > length) {
-      update_elements(x, tile, length, lane, update);
-      return;
-    }
+  for (int tile = tiles.first * kTileNumel<T>; tile < length;
+       tile += tiles.stride * kTileNumel<T>) {
+    uint4* words = reinterpret_cast<uint4*>(x + tile) + lane;
+    const int whole = (length - tile) / kVecNumel<T>;
+    const bool is_full = whole >= kLoads * kWarp;
 #pragma unroll 1
-    for (int row = 0; row < kLoads; row += kLoadsInPlace) {
-      Vec<T> vecs[kLoadsInPlace];
-      uint4* words = reinterpret_cast<uint4*>(x + tile) + row * kWarp + lane;
-#pragma unroll
-      for (int j = 0; j < kLoadsInPlace; ++j) vecs[j].words = words[j * kWarp];
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < kLoadsInPlace; ++j) {
-        bool changed = false;
-#pragma unroll
-        for (int k = 0; k < kVecNumel<T>; ++k) changed |= update(vecs[j].items[k]);
-        if (changed) words[j * kWarp] = vecs[j].words;
+    for (int row = 0; row < min(whole, kLoads * kWarp); row += kLoadsInPlace * kWarp) {
+      if (is_full) {
+        update_vectors<T, false>(words + row, 0, update);
+      } else {
+        update_vectors<T, true>(words + row, whole - row - lane, update);
       }
     }
+    if (!is_full) update_elements(x, tile + whole * kVecNumel<T>, length, lane, update);
   }
 }
 

@@ -7,51 +7,46 @@
 
 namespace gradclip::cuda {
 
-// Programmatic dependent launch, sm_90 and later: blocks of the scale kernel start as soon as
-// blocks of the norm kernel end, not only after the last of them. On other GPUs both functions do
-// nothing, and the kernels run in stream order.
+// Programmatic dependent launch, sm_90 and later: blocks of one of our kernels start as soon as all
+// blocks of the one before have started and some have ended, not only after the last has ended. On
+// other GPUs both functions do nothing, and the kernels run in stream order.
 
-/// To be called when a block has read its gradients.
+/// Lets the next kernel on the stream start early, which has to be one of ours, because only those
+/// call the next function before they read what this kernel writes.
 __device__ inline void let_next_kernel_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-/// To be called before reading anything that the previous kernel wrote.
+/// To be called before reading anything that the previous kernel wrote, and by each kernel that may
+/// start early before it ends: so that whoever waits for it waits for all kernels before it, too.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-/// The chunks [begin, end) of block `block` out of `blocks`; the lengths differ by one at most. A
-/// launch has less than 2^31 chunks, and half as wide indices save eight registers.
+/// The chunks [begin, end) of block `block` out of `blocks`; the lengths differ by one at most.
 struct Run {
   int begin;
   int end;
-  __device__ Run(int64_t chunks, int64_t block, int64_t blocks)
-      : begin(static_cast<int>(chunks * block / blocks)),
-        end(static_cast<int>(chunks * (block + 1) / blocks)) {}
+  __device__ Run(unsigned chunks, unsigned block, unsigned blocks) {
+    const unsigned length = chunks / blocks, longer = chunks % blocks;
+    begin = static_cast<int>(block * length + min(block, longer));
+    end = begin + static_cast<int>(length + (block < longer ? 1 : 0));
+  }
 };
 
-/// The tiles of a chunk that this warp processes: first, first + stride, first + 2 * stride ...
-///
-/// A chunk of one tile is processed by one warp, chosen by the chunk's index, so that the warps of
-/// a block process several small tensors at a time. Otherwise seven warps would wait for the first.
-struct WarpTiles {
-  int first;
-  int stride;
-  __device__ WarpTiles(int first, int stride) : first(first), stride(stride) {}
-  __device__ WarpTiles(int chunk, int64_t chunk_bytes, int warp)
-      : first(chunk_bytes <= kTileBytes ? (chunk % kWarps == warp ? 0 : 1) : warp),
-        stride(kWarps) {}
-};
+/// The tiles of a chunk for this warp. The warps of a block take turns at the first tile, so that
+/// they process several small tensors at a time. Otherwise the other warps would wait for warp 0.
+__device__ inline WarpTiles tiles_of_chunk(int chunk, int warp) {
+  return {(warp - chunk) & (kWarps - 1), kWarps};
+}
 
 /// Calls `work(data, length)` with the address of a chunk as a pointer to its element type.
 template <bool kWithFloat64, typename Work>
-__device__ void with_dtype(DType dtype, char* data, int64_t length, Work&& work) {
-  const int n = static_cast<int>(length);
+__device__ void with_dtype(DType dtype, char* data, int n, Work&& work) {
   switch (dtype) {
     case DType::kFloat32:
       work(reinterpret_cast<float*>(data), n);
@@ -68,14 +63,18 @@ __device__ void with_dtype(DType dtype, char* data, int64_t length, Work&& work)
   }
 }
 
-/// Calls `work(chunk, tensor, dtype, data, length)` for every chunk of the run, forwards or
-/// backwards; `chunk` and `tensor` are counted from the first ones of the launch. The first tensor
-/// is found by binary search.
-template <bool kBackwards, typename Table, typename Work>
-__device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) {
-  if (run.begin == run.end) return;
-  int tensor = static_cast<int>(
+/// The tensor of the chunk at which for_each_chunk begins. Reads the table alone, which is in the
+/// launch's parameters: so it can be found before wait_for_previous_kernel.
+template <bool kBackwards, typename Table>
+__device__ int find_tensor(const Table& table, const Run& run) {
+  return static_cast<int>(
       tensor_of(table.chunk_prefix, table.tensors, kBackwards ? run.end - 1 : run.begin));
+}
+
+/// Calls `work(chunk, tensor, dtype, data, length)` for every chunk of the run, forwards or
+/// backwards; `chunk` and `tensor` are counted from the first ones of the launch.
+template <bool kBackwards, typename Table, typename Work>
+__device__ void for_each_chunk(const Table& table, const Run& run, int tensor, Work&& work) {
   for (int step = 0; step < run.end - run.begin; ++step) {
     const int chunk = kBackwards ? run.end - 1 - step : run.begin + step;
     if constexpr (kBackwards) {
@@ -84,11 +83,15 @@ __device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) 
       while (chunk >= table.chunk_prefix[tensor + 1]) ++tensor;
     }
     const DType dtype = table.dtype(tensor);
-    const Chunk part = chunk_of(tensor, chunk - table.chunk_prefix[tensor], table.numel(tensor),
-                                chunk_numel(dtype, kChunkBytes));
-    char* data = static_cast<char*>(table.data[tensor]) + part.offset * item_size(dtype);
-    work(chunk, tensor, dtype, data, part.length);
+    const int length =
+        table.numel(chunk, tensor, static_cast<int>(chunk_numel(dtype, kChunkBytes)));
+    char* data = table.data(tensor) + (chunk - table.chunk_prefix[tensor]) * kChunkBytes;
+    work(chunk, tensor, dtype, data, length);
   }
+}
+template <typename Table, typename Work>
+__device__ void for_each_chunk(const Table& table, const Run& run, Work&& work) {
+  for_each_chunk<false>(table, run, find_tensor<false>(table, run), work);
 }
 
 }  // namespace gradclip::cuda

@@ -86,7 +86,7 @@ void emulated_scale(int64_t tensors, void* const* data, const int64_t* numel, co
                     const void* coefs, int are_float64, int stride, unsigned blocks) {
   const TensorList list = make_list(tensors, data, numel, dtypes);
   for_each_launch(list, blocks, 0, [&](const auto& table, bool) {
-    scale_kernel(table, Coefficients{coefs, stride, are_float64 != 0});
+    scale_kernel(table, Coefficients{coefs, stride, are_float64 != 0}, false);
   });
 }
 
@@ -130,7 +130,8 @@ void emulated_tensors(int64_t tensors, void* const* data, const int64_t* numel, 
 void emulated_clamp(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
                     double min, double max, unsigned blocks) {
   const TensorList list = make_list(tensors, data, numel, dtypes);
-  for_each_launch(list, blocks, 0, [&](const auto& table, bool) { clamp_kernel(table, min, max); });
+  for_each_launch(list, blocks, 0,
+                  [&](const auto& table, bool) { clamp_kernel(table, min, max, false); });
 }
 
 int64_t emulated_chunks(int64_t tensors, void* const* data, const int64_t* numel,

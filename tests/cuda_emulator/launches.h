@@ -40,8 +40,11 @@ void check(const T&, int) {}
 template <int kCapacity>
 void check(const gradclip::LaunchTable<kCapacity>& table, int device) {
   for (int t = 0; t < table.tensors; ++t) {
-    const size_t bytes = table.numel(t) * gradclip::item_size(table.dtype(t));
-    const Memory* memory = memory_at(table.data[t], bytes);
+    const gradclip::DType dtype = table.dtype(t);
+    const int begin = table.chunk_prefix[t], last = table.chunk_prefix[t + 1] - 1;
+    const int numel = table.numel(last, t, 0);
+    const size_t bytes = (last - begin) * gradclip::cuda::kChunkBytes + numel * item_size(dtype);
+    const Memory* memory = memory_at(table.data(t), bytes);
     if (memory == nullptr || memory->device != device) {
       stop("a gradient is not in memory of the kernel's device");
     }
