@@ -106,17 +106,20 @@ cudaError_t current_device(Device& device) {
   return failed;
 }
 
-constexpr int kBlocksPerMultiprocessor = 4;  // resident at once, by the kernels' launch bounds
+// Twice as many as are resident at once by the kernels' launch bounds. On an H200 this is as fast as
+// once or four times as many within 1 %, and up to 6 % faster than once for clamping: a block that
+// ends early makes room for another.
+constexpr int kBlocksPerMultiprocessor = 8;
 
-/// As many blocks as are resident at once, but no more than have a tile, or a small tensor, for
-/// each of their warps.
+/// As many blocks as have work, but no more than have a tile, or a small tensor, for each of their
+/// warps.
 template <typename Table>
 unsigned blocks_for(const TensorList& list, const Table& table, const Device& device,
                     int per_multiprocessor = kBlocksPerMultiprocessor) {
   const int64_t chunks = table.chunks();
   const int64_t useful = list.bytes() / (kWarps * kTileBytes) + chunks / kWarps + 1;
-  const int64_t resident = int64_t{per_multiprocessor} * device.multiprocessors;
-  return static_cast<unsigned>(std::min({chunks, useful, resident}));
+  const int64_t most = int64_t{per_multiprocessor} * device.multiprocessors;
+  return static_cast<unsigned>(std::min({chunks, useful, most}));
 }
 
 template <typename... Parameters, typename... Arguments>
