@@ -48,7 +48,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The releases of torch under which the one wheel is tested; "newest" is asked of the registry.
 TORCHES ?= 2.6.0 2.8.0 2.10.0 newest
 
-.PHONY: test test-sanitize test-gpu sanitize-gpu test-installs test-integrations docs check-cuda check-wheel wheel bench lint format clean
+.PHONY: test test-sanitize gpu test-gpu sanitize-gpu measure-gpu test-installs test-integrations docs check-cuda check-wheel wheel bench lint format clean
 
 test: $(READY)
 	$(RUN) -m pytest $(if $(CURRENT_ENV),,$(PARALLEL))
@@ -99,15 +99,30 @@ check-cuda: .venv-cuda/.ready
 	$(CUDA_RUN) -m pip install --quiet "$(CUDA_TORCH)" "numpy<2.4" "setuptools>=77" wheel ninja "pybind11>=3.0" pytest "pytest-xdist>=3.7" hypothesis
 	touch $@
 
-# On a machine with an NVIDIA GPU, in under ten minutes; without one, the tests skip and say so.
+# The visit of a machine with an NVIDIA GPU: three parts, of which none may take the time of the next ones.
+GPU_OUT := benchmarks/out/gpu
+gpu: $(READY)
+	mkdir -p $(GPU_OUT)
+	for part in test-gpu sanitize-gpu measure-gpu; do \
+	  timeout --kill-after 5 590 $(MAKE) $$part > $(GPU_OUT)/$$part.txt 2>&1 && echo "$$part is done" || \
+	  echo "$$part failed or took over ten minutes: $(GPU_OUT)/$$part.txt tells how far it came"; done
+
+# Without a GPU, the tests skip and say so. Each is named as soon as it has ended. Many wait for Triton's compiler,
+# so there are more processes than a GPU needs.
+GPU_WORKERS ?= 8
 test-gpu: $(READY)
 	$(RUN) -m gradclip_ext.info
-	$(RUN) -m pytest -m "gpu or triton or toolkit" -rs $(NOT_OF_A_WHEEL)
+	$(RUN) -m pytest -v -n $(GPU_WORKERS) -m "gpu or triton or toolkit" -rs $(NOT_OF_A_WHEEL)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120 --target-processes all
 sanitize-gpu: $(READY)
 	set -e; for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(RUN) -m pytest -m gpu tests/kernels/test_sanitized.py; done
+
+measure-gpu: $(READY)
+	mkdir -p $(GPU_OUT)
+	$(RUN) -m benchmarks.gpu_design --json $(GPU_OUT)/design.json
+	$(RUN) -m benchmarks --cases all --dtypes float32 bfloat16 --json $(GPU_OUT)/benchmark.jsonl --resume
 
 # With the real libraries, pinned, in an environment of its own.
 test-integrations: .venv-integrations/.ready

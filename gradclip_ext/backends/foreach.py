@@ -163,12 +163,10 @@ def _is_strided_half(tensor: Tensor) -> bool:
 def _scale_halves_(tensors: list[Tensor], clip_coef: Tensor) -> None:
     """Multiply in float32. On an accelerator torch rounds a 0-d coefficient to the tensor's dtype first, an
     error of up to 0.2 % in bfloat16; a coefficient that has a dimension keeps its own dtype."""
-    with_dims = [tensor for tensor in tensors if tensor.dim() > 0]
-    if with_dims:
+    if with_dims := [tensor for tensor in tensors if tensor.dim() > 0]:
         torch._foreach_mul_(with_dims, [clip_coef.reshape(1)] * len(with_dims))
-    for tensor in tensors:
-        if tensor.dim() == 0:
-            tensor.copy_(tensor * clip_coef)
+    for tensor in (t for t in tensors if t.dim() == 0):
+        tensor.copy_(tensor * clip_coef)
 
 
 def _without_complex32(tensor: Tensor) -> Tensor:
@@ -376,9 +374,6 @@ def _device_norms(tensors: Sequence[Tensor], p: float, batched: bool) -> list[Te
         norms.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], p, dtype=wide)))
     in_order = [norms[index] for index in range(len(tensors))]
     return [norm.ne(0.0).to(wide) for norm in in_order] if p == 0.0 else in_order
-
-
-# ---------------------------------------------------------------- both
 
 
 def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
