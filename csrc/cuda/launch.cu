@@ -106,9 +106,9 @@ cudaError_t current_device(Device& device) {
   return failed;
 }
 
-// Twice as many as are resident at once by the kernels' launch bounds. On an H200 this is as fast as
-// once or four times as many within 1 %, and up to 6 % faster than once for clamping: a block that
-// ends early makes room for another.
+// Twice as many as are resident at once by the kernels' launch bounds. On an H200 this is as fast
+// as once or four times as many within 1 %, and up to 6 % faster than once for clamping: a block
+// that ends early makes room for another.
 constexpr int kBlocksPerMultiprocessor = 8;
 
 /// As many blocks as have work, but no more than have a tile, or a small tensor, for each of their

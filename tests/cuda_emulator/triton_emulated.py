@@ -31,7 +31,7 @@ SKIPPED = {
 }
 
 # Of each test, so many cases are kept.
-CASES = 4
+CASES = 2
 
 _why_unfit, _start_of = TritonBackend._why_unfit, Launcher._start_of
 

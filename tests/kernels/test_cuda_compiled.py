@@ -10,7 +10,8 @@ import subprocess
 import pytest
 from toolkit import ROOT, find_cuobjdump, find_toolkit, missing
 
-ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
+# Without 8.9, for which the compiler makes what it makes for 8.6.
+ARCHITECTURES = ["75", "80", "86", "90", "100", "120"]
 # Kernels per table size: three norms in float32, one in float64, scale, clamp; and of results for each
 # tensor, norms of order 2, statistics of orders 1 and 2, and both in float64.
 KERNELS_PER_TABLE = 10
