@@ -191,7 +191,7 @@ class Workload:
         self._sweep = torch.zeros(_CACHES * cache_bytes // 4, device=device) if too_small else None
         self._trained: list[Parameter] = []
         self._optimizer: torch.optim.AdamW | None = None
-        self.norms = [_combined(reference.total_norm([c]) for c in chunks(t)) for t in self.original]
+        self.norms = [_norm(t) for t in self.original]
         self.norm = _combined(self.norms)
 
     def next(self) -> list[Parameter]:
@@ -221,6 +221,15 @@ class Workload:
         """Evict the gradients from the cache unless the other copies have done so."""
         if self._sweep is not None:
             self._sweep.sum()
+
+
+def _norm(tensor: Tensor) -> float:
+    """Return the norm in float64. On a GPU it is computed there: eight billion elements would take the host a
+    minute."""
+    if tensor.device.type == "cpu":
+        return _combined(reference.total_norm([chunk]) for chunk in chunks(tensor))
+    norms = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks(tensor)]
+    return _combined(torch.stack(norms).tolist())
 
 
 def _combined(norms: Iterable[float]) -> float:
