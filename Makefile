@@ -62,7 +62,7 @@ test-sanitize: $(READY)
 
 # Every documented way to install, each in an environment of its own.
 test-installs: $(READY)
-	$(RUN) -m pytest -m installs tests/package
+	$(RUN) -m pytest -n 2 -m installs tests/package
 
 # One wheel, built as a user's pip builds it, under each release of torch in an environment of its own.
 check-wheel: $(READY)
