@@ -1,4 +1,4 @@
-"""Fixtures for testing the triton backend without Triton."""
+"""Fixtures for testing the triton backend without Triton, and backends on a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gpu import WHY_NOT
 from triton_fakes import with_fake_kernels
 
 from gradclip_ext import backends
@@ -31,3 +32,10 @@ def install(log: list, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TritonB
         return backend
 
     return installed
+
+
+@pytest.fixture(params=["cuda", pytest.param("triton", marks=pytest.mark.triton)])
+def name(request: pytest.FixtureRequest) -> str:
+    if WHY_NOT[request.param] is not None:
+        pytest.skip(f"{request.param} cannot handle this GPU: {WHY_NOT[request.param]}")
+    return str(request.param)
