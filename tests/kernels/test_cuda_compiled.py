@@ -4,6 +4,7 @@ A performance property that is not tested may be lost with the next compiler: `#
 over 16-byte loads alone leaves 4 in flight.
 """
 
+import functools
 import re
 import subprocess
 
@@ -115,11 +116,12 @@ def longest_bursts(listing, kernel):
 
 @pytest.fixture(scope="module")
 def listing_for(compiled):
-    """listing_for(arch) -> SASS."""
+    """listing_for(arch) -> SASS, each architecture once."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         missing("no cuobjdump: neither the CUDA toolkit nor Triton's wheel has one here")
 
+    @functools.cache
     def listing_for(arch):
         cubin, _ = compiled(arch)
         return subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
