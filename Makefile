@@ -62,7 +62,7 @@ test-sanitize: $(READY)
 
 # Every documented way to install, each in an environment of its own.
 test-installs: $(READY)
-	$(RUN) -m pytest -n 2 -m installs tests/package
+	$(RUN) -m pytest $(if $(CURRENT_ENV),,-n 2) -m installs tests/package
 
 # One wheel, built as a user's pip builds it, under each release of torch in an environment of its own.
 check-wheel: $(READY)
@@ -103,16 +103,18 @@ check-cuda: .venv-cuda/.ready
 GPU_OUT := benchmarks/out/gpu
 gpu: $(READY)
 	mkdir -p $(GPU_OUT)
-	for part in test-gpu sanitize-gpu measure-gpu; do \
-	  timeout --kill-after 5 590 $(MAKE) $$part > $(GPU_OUT)/$$part.txt 2>&1 && echo "$$part is done" || \
-	  echo "$$part failed or took over ten minutes: $(GPU_OUT)/$$part.txt tells how far it came"; done
+	status=0; for part in test-gpu sanitize-gpu measure-gpu; do \
+	  if timeout --kill-after 5 590 $(MAKE) $$part > $(GPU_OUT)/$$part.txt 2>&1; then echo "$$part is done"; else \
+	    echo "$$part failed or took over ten minutes: $(GPU_OUT)/$$part.txt tells how far it came"; status=1; fi; \
+	done; exit $$status
 
 # Without a GPU, the tests skip and say so. Each is named as soon as it has ended. Many wait for Triton's compiler,
-# so there are more processes than a GPU needs.
-GPU_WORKERS ?= 8
+# so there are more processes than a GPU needs: GPU_WORKERS= for one, as in the active environment, which may lack
+# pytest-xdist.
+GPU_WORKERS ?= $(if $(CURRENT_ENV),,8)
 test-gpu: $(READY)
 	$(RUN) -m gradclip_ext.info
-	$(RUN) -m pytest -v -n $(GPU_WORKERS) -m "gpu or triton or toolkit" -rs $(NOT_OF_A_WHEEL)
+	$(RUN) -m pytest -v $(if $(GPU_WORKERS),-n $(GPU_WORKERS)) -m "gpu or triton or toolkit" -rs $(NOT_OF_A_WHEEL)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120 --target-processes all
 sanitize-gpu: $(READY)
