@@ -36,7 +36,7 @@ _MB, _GIB = 10**6, 1 << 30
 _TILE = 1 << 16  # gpu_probes.cu needs buffers of a multiple of this size
 _LOADS, _BLOCKS_PER_SM = (2, 4, 8, 16), (1, 2, 4, 8)
 _REPEATS = 15
-# The values that csrc/cuda uses.
+# As many loads in flight as in csrc/cuda, and as many blocks as are resident there.
 _USUAL_LOADS, _USUAL_BLOCKS = 8, 4
 
 _EXAMPLES = """examples:

@@ -21,8 +21,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kVecBytes = 16;
 // Vectors in flight per lane. 4 blocks of 256 threads then have 128 KiB in flight on an SM; an H200
-// needs about 40 KB to cover its memory latency. Without load_tile's __syncwarp the compiler keeps
-// only 4 loads in flight.
+// needs about 40 KB to cover its memory latency. Without read_full_tile's __syncwarp the compiler
+// keeps only 4 loads in flight.
 constexpr int kLoads = 8;
 // The same for kernels that write vectors back. Half as many leave enough registers for all dtypes
 // in one kernel at the norm kernel's occupancy, so that both can have the same grid.

@@ -44,7 +44,7 @@ __device__ inline WarpTiles tiles_of_chunk(int chunk, int warp) {
   return {(warp - chunk) & (kWarps - 1), kWarps};
 }
 
-/// Calls `work(data, length)` with the address of a chunk as a pointer to its element type.
+/// Calls `work(data, n)` with the address of a chunk as a pointer to its element type.
 template <bool kWithFloat64, typename Work>
 __device__ void with_dtype(DType dtype, char* data, int n, Work&& work) {
   switch (dtype) {
