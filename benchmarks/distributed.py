@@ -34,7 +34,7 @@ from benchmarks import contenders, distributed_results, machine
 from benchmarks.cases import CASES
 from benchmarks.contenders import BASELINE
 from benchmarks.distributed_results import HEADER, OURS, ShardedRecord, row
-from benchmarks.plan import OUT, positive
+from benchmarks.plan import OUT, command_line, positive
 
 _EXAMPLES = """examples:
   python -m benchmarks.distributed --ranks 1 --counts 148 300    a minute
@@ -260,12 +260,7 @@ def worker(rank: int, settings: argparse.Namespace, ranks: int, folder: str) -> 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line as settings."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.distributed",
-        description=(__doc__ or "").partition(": ")[2],
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("benchmarks.distributed", __doc__, _EXAMPLES)
     add = parser.add_argument
     add("--ranks", type=positive, nargs="+", default=[1, 2], help="numbers of processes. Default: 1 2")
     add("--counts", type=positive, nargs="*", default=[148, 300, 2000, 6000], help="of small DTensors")

@@ -29,6 +29,7 @@ from benchmarks.cases import CASES, Workload
 from benchmarks.contenders import BASELINE, LOOP
 from benchmarks.machine import Call
 from benchmarks.operations import OPERATIONS
+from benchmarks.plan import command_line
 
 OUT = Path(__file__).parent / "out"
 _SOURCE = Path(__file__).with_name("gpu_probes.cu")
@@ -332,12 +333,8 @@ def table(findings: Sequence[Finding]) -> list[str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_design",
-        description=(__doc__ or "").partition(": ")[2],
-        epilog=_EXAMPLES + "\nmeasurements:\n" + "\n".join(f"  {m.__doc__}" for m in MEASUREMENTS.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    measurements = "\nmeasurements:\n" + "\n".join(f"  {m.__doc__}" for m in MEASUREMENTS.values())
+    parser = command_line("benchmarks.gpu_design", __doc__, _EXAMPLES + measurements)
     add = parser.add_argument
     add(
         "--only",

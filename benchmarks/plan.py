@@ -108,14 +108,20 @@ def positive(text: str) -> int:
     return number
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options as they were given."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Measure torch.nn.utils against every gradclip_ext backend on this machine.",
-        epilog=_EXAMPLES,
+def command_line(module: str, doc: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """Return a parser for ``python -m module``, described by what follows the first colon of ``doc``."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=(doc or "").partition(": ")[2],
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options as they were given."""
+    doc = "python -m benchmarks: Measure torch.nn.utils against every gradclip_ext backend on this machine."
+    parser = command_line("benchmarks", doc, _EXAMPLES)
     size = parser.add_mutually_exclusive_group()
     note = "float32, fewer repeats: about a minute on two idle cores"
     size.add_argument("--quick", dest="extent", action="store_const", const=QUICK, default=USUAL, help=note)

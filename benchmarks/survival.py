@@ -7,7 +7,6 @@ clipped by torch.nn.utils.clip_grad_norm_, and one by gradclip_ext.thresholds, w
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ import gradclip_ext
 from benchmarks import machine, plot
 from benchmarks.contenders import BASELINE
 from benchmarks.gpt import BYTES, GPT, SHAPES, Batches, read_text
-from benchmarks.plan import OUT, positive
+from benchmarks.plan import OUT, command_line, positive
 from benchmarks.results import read_lines, write_lines
 from gradclip_ext.thresholds import SpikeDetector, ZClip
 
@@ -226,9 +225,7 @@ def problems(result: Survival) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, print, draw and return the exit status: 0, or 1 if our model did not survive."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.survival", description=(__doc__ or "").partition(": ")[2]
-    )
+    parser = command_line("benchmarks.survival", __doc__)
     parser.add_argument("--steps", type=positive, default=200, help="training steps. Default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches. Default: %(default)s")
     note = "default: benchmarks/out/<device>-torch<version>-survival.jsonl"

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import contenders, machine, plot
 from benchmarks.contenders import BASELINE
 from benchmarks.gpt import GPT, SHAPES, Batches, Shape, read_text
-from benchmarks.plan import OUT, positive
+from benchmarks.plan import OUT, command_line, positive
 from benchmarks.results import ROWS, RunResults, Training, training_file_name
 from benchmarks.terminal import Progress
 
@@ -251,12 +251,7 @@ def clips(device: torch.device) -> dict[str, Clip]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line as settings."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train",
-        description=(__doc__ or "").partition(": ")[2],
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("benchmarks.train", __doc__, _EXAMPLES)
     add = parser.add_argument
     add("--steps", type=positive, default=90, help="training steps of each model. Default: %(default)s")
     add("--max-norm", type=float, default=1.0, help="clip gradients to this norm. Default: %(default)s")

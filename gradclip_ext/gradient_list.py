@@ -79,8 +79,10 @@ class GradientList:
             parts = [(b if b.name == "foreach" else FOREACH, tensors) for b, tensors in parts]
         if len(parts) == 1 and parts[0][1].device == device:
             backend, tensors = parts[0]
-            return backend.norm(tensors, norm_type, rule, dtype)
-        if not parts:
+            if not callable(rule.max_norm):
+                return backend.norm(tensors, norm_type, rule, dtype)
+            total = backend.norm(tensors, norm_type, REPORT, dtype)[0]
+        elif not parts:
             total = torch.zeros((), dtype=dtype, device=device)
         else:
             wide = widest_dtype(device)

@@ -123,6 +123,15 @@ double sum_powers(const void* data, int64_t numel, double p, double pivot) {
 // values and however many sums are added in float64.
 constexpr int64_t kFoldRows = 16;
 
+GRADCLIP_INLINE void add_in_float64(F64& low, F64& high, const Row<F32>& sums) {
+  GRADCLIP_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const PairF64 pair = to_float64(sums.v[i]);
+    low += pair.low;
+    high += pair.high;
+  }
+}
+
 /// Adds the terms of rows in float32, kFoldRows at a time, and adds those sums in float64.
 template <typename Format, typename Term>
 struct Float32Sum {
@@ -140,12 +149,7 @@ struct Float32Sum {
         GRADCLIP_UNROLL
         for (int i = 0; i < kVectors; ++i) sums.v[i] = term.add(sums.v[i], row.v[i]);
       }
-      GRADCLIP_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        const PairF64 pair = to_float64(sums.v[i]);
-        l += pair.low;
-        h += pair.high;
-      }
+      add_in_float64(l, h, sums);
     }
     low = l;
     high = h;

@@ -6,6 +6,14 @@
 
 namespace gradclip::cpu::GRADCLIP_ISA {
 
+/// The polynomial with these coefficients, the highest power's first, by Horner's rule.
+template <typename... Double>
+GRADCLIP_INLINE F64 polynomial(F64 x, double highest, Double... others) {
+  F64 sum = F64{} + highest;
+  ((sum = sum * x + others), ...);
+  return sum;
+}
+
 /// log2(x / pivot) for a finite x > 0, where pivot = 2^exponent * 2^fraction. The exponents cancel
 /// exactly, so the error is about 2 ulp of 1 or of the result, not of log2(x).
 GRADCLIP_INLINE F64 log2_ratio(F64 x, double exponent, double fraction) {
@@ -20,14 +28,8 @@ GRADCLIP_INLINE F64 log2_ratio(F64 x, double exponent, double fraction) {
   k = subnormal ? k - 54.0 : k;
   // log(m) = 2 atanh(s), |s| < 0.172: the first omitted term is below 2^-53 of the sum.
   const F64 s = (m - 1.0) / (m + 1.0), z = s * s;
-  F64 series = z * (1.0 / 19) + 1.0 / 17;
-  series = series * z + 1.0 / 15;
-  series = series * z + 1.0 / 13;
-  series = series * z + 1.0 / 11;
-  series = series * z + 1.0 / 9;
-  series = series * z + 1.0 / 7;
-  series = series * z + 1.0 / 5;
-  series = series * z + 1.0 / 3;
+  const F64 series = polynomial(z, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11, 1.0 / 9,
+                                1.0 / 7, 1.0 / 5, 1.0 / 3);
   constexpr double kTwoOverLn2 = 2.885390081777926815;
   return (k - exponent) + ((s * kTwoOverLn2 + s * z * series * kTwoOverLn2) - fraction);
 }
@@ -40,18 +42,9 @@ GRADCLIP_INLINE F64 exp2(F64 y) {
   const F64 shifted = exponent + 0x1.8p52,
             r = (exponent - (shifted - 0x1.8p52)) * 0.6931471805599453;
   // Taylor's series of e^r, |r| < 0.347: the first omitted term is below 2^-52.
-  F64 series = r * (1.0 / 479001600) + 1.0 / 39916800;
-  series = series * r + 1.0 / 3628800;
-  series = series * r + 1.0 / 362880;
-  series = series * r + 1.0 / 40320;
-  series = series * r + 1.0 / 5040;
-  series = series * r + 1.0 / 720;
-  series = series * r + 1.0 / 120;
-  series = series * r + 1.0 / 24;
-  series = series * r + 1.0 / 6;
-  series = series * r + 0.5;
-  series = series * r + 1.0;
-  series = series * r + 1.0;
+  const F64 series = polynomial(r, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5,
+                                1.0, 1.0);
   const F64 power = (F64)((U64)series + ((U64)shifted << 52));
   return over ? F64{} + HUGE_VAL : under ? F64{} : power;
 }

@@ -53,14 +53,7 @@ struct Statistics {
 #endif
         }
       }
-      if constexpr (!kIsFloat64) {
-        GRADCLIP_UNROLL
-        for (int i = 0; i < kVectors; ++i) {
-          const PairF64 pair = to_float64(sums.v[i]);
-          l += pair.low;
-          h += pair.high;
-        }
-      }
+      if constexpr (!kIsFloat64) add_in_float64(l, h, sums);
     }
     low = l;
     high = h;

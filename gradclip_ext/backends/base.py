@@ -97,7 +97,8 @@ class Backend(Protocol):
         """Return the norm of all elements as one vector, and the coefficient that the rule makes of it.
 
         The norm is a new 0-d tensor of this dtype (float32 or float64) on the device of the tensors, of
-        which one has an element. The orders <= 0 are for ``foreach`` alone.
+        which one has an element. The rule has a number or a tensor as max_norm. The orders <= 0 are for
+        ``foreach`` alone.
         """
 
     def scale_(self, tensors: TensorList, clip_coef: Coefficient, may_zero: bool = False) -> None:

@@ -123,9 +123,6 @@ class CudaBackend:
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        if not isinstance(rule.max_norm, (float, Tensor)):
-            norm, _ = self.norm(tensors, norm_type, REPORT, dtype)
-            return norm, rule.clip_coef(norm)
         native, limit = tensors.native(), _limits(rule, tensors)
         norm = torch.empty((), dtype=dtype, device=tensors.device)
         clip_coef = torch.empty((), dtype=dtype, device=tensors.device)

@@ -19,27 +19,24 @@ from triton_inputs import (
     DTYPES,
     ORDERS,
     at_offset,
+    backend,
     borders,
     chunk_numel,
     clones,
+    interpreted,
     over_dtypes,
     over_orders,
     same,
 )
 
 import gradclip_ext
-from gradclip_ext import backends, reference
+from gradclip_ext import reference
 from gradclip_ext.backends import foreach
 from gradclip_ext.backends.base import TensorList
 from gradclip_ext.backends.triton import memory
 from gradclip_ext.norms import REPORT, Rule
 
-backend = backends.ALL["triton"]
-WHY_NOT = backend.why_unavailable(torch.device("cpu"))
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"triton cannot handle the CPU here: {WHY_NOT}"),
-]
+pytestmark = interpreted
 
 
 def norm_of(tensors: list[Tensor], p: float = 2.0) -> Tensor:

@@ -16,25 +16,22 @@ from triton_inputs import (
     DTYPES,
     ORDERS,
     at_offset,
+    backend,
     borders,
     chunk_numel,
     clones,
+    interpreted,
     over_dtypes,
     over_orders,
     same,
 )
 
-from gradclip_ext import backends, reference
+from gradclip_ext import reference
 from gradclip_ext.backends.base import TensorList
 from gradclip_ext.backends.triton import memory, units
 from gradclip_ext.norms import REPORT, AdaptiveRule, Rule
 
-backend = backends.ALL["triton"]
-WHY_NOT = backend.why_unavailable(torch.device("cpu"))
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"triton cannot handle the CPU here: {WHY_NOT}"),
-]
+pytestmark = interpreted
 NAN, INF = math.nan, math.inf
 
 

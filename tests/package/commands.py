@@ -1,15 +1,14 @@
-"""Commands of the scripts in this folder."""
+"""Running commands, for the tests and scripts in this folder."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
-    """Run a command and return what it printed; end with its output if it fails."""
+    """Run a command and return what it printed; raise what it printed if it fails."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -20,5 +19,5 @@ def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
         check=False,
     )
     if done.returncode:
-        sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
+        raise RuntimeError(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
     return done.stdout

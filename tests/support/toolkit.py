@@ -10,6 +10,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
+# `make check-cuda` makes sure that nothing is missing.
+IS_CHECK_CUDA = bool(os.environ.get("GRADCLIP_EXT_CHECK_CUDA"))
 
 
 def find_toolkit() -> Path | None:
@@ -36,7 +38,7 @@ def find_cuobjdump() -> Path | None:
 
 
 def missing(reason: str) -> NoReturn:
-    """Skip, or fail under `make check-cuda`, which makes sure that nothing is missing."""
-    if os.environ.get("GRADCLIP_EXT_CHECK_CUDA"):
+    """Skip, or fail under `make check-cuda`."""
+    if IS_CHECK_CUDA:
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason, allow_module_level=True)

@@ -1,4 +1,4 @@
-"""Inputs with which kernels are tested by themselves: sizes around the borders of tiles and chunks."""
+"""For tests of the Triton kernels by themselves: inputs of sizes around the borders of tiles and chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradclip_ext import backends
 from gradclip_ext.backends.triton import memory
+
+backend = backends.ALL["triton"]
+WHY_NOT = backend.why_unavailable(torch.device("cpu"))
+interpreted = [
+    pytest.mark.triton,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"triton cannot handle the CPU here: {WHY_NOT}"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDERS = (0.5, 1.0, 2.0, 3.0, math.inf)

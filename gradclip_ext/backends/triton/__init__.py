@@ -75,9 +75,6 @@ class TritonBackend:
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        if not isinstance(rule.max_norm, (float, Tensor)):
-            norm, _ = self.norm(tensors, norm_type, REPORT, dtype)
-            return norm, rule.clip_coef(norm)
         norm = torch.empty((), dtype=dtype, device=tensors.device)
         clip_coef = None if _only_reports(rule) else torch.empty_like(norm)
         limit, bits = _limit_of(rule, tensors.device)
