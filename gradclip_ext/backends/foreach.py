@@ -9,31 +9,17 @@ the list goes to ``torch._foreach_*`` with float64 results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 from torch.utils._foreach_utils import _device_has_foreach_support
 
+from gradclip_ext.backends import foreach_cpu
 from gradclip_ext.backends.base import TensorList, flat_view, share_memory
+from gradclip_ext.backends.foreach_cpu import SMALL
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import AdaptiveRule, Coefficient, Rule, combine_norms, widest_dtype
-
-# Elements of one row of a float32 reduction. torch keeps 8 running sums a row, so 64 roundings
-# follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
-# Tensors of one constant come closest, with 5e-7. Rows are then added in float64.
-_ROW = 512
-# Elements converted to another dtype at a time: 4 MiB of float32 stay in cache.
-_PIECE = 1 << 20
-# Elements reduced without a copy at a time: 128 KiB of row norms.
-_SPAN = 1 << 24
-# Up to this many elements, joining a tensor to its neighbours costs less than a call of its own.
-_SMALL = 1 << 14
-# A mean |x|^p below these may have lost terms to underflow: what float32 drops of one square is
-# at most 2^-126 = 1.2e-38, a share of 1.2e-7 of such a mean. Likewise 2^-1022 for float64.
-_LEAST_MEAN_FLOAT32 = 1e-31
-_LEAST_MEAN_FLOAT64 = 1e-300
 
 
 def has_foreach_kernels(device_type: str) -> bool:
@@ -60,7 +46,7 @@ class ForeachBackend:
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
         if host_sees(tensors.tensors[0]):
-            norm = _host_norm(tensors.tensors, norm_type, _SMALL if self._batched else 0)
+            norm = foreach_cpu.joint_norm(tensors.tensors, norm_type, SMALL if self._batched else 0)
         else:
             with_elements = [t for t in tensors.tensors if t.numel() > 0]
             norm = _device_norm(with_elements, norm_type, self._batched)
@@ -103,10 +89,11 @@ class ForeachBackend:
         """Return the norm of each tensor in float64, 0 without elements."""
         if not host_sees(tensors.tensors[0]):
             return torch.stack(_device_norms(tensors.tensors, norm_type, self._batched))
-        small = _SMALL if self._batched else 0
         none = torch.zeros((), dtype=torch.float64, device="cpu")
-        each = [_host_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
-        return torch.stack([norm.to(torch.float64) for norm in each])
+        small = SMALL if self._batched else 0
+        return torch.stack(
+            [foreach_cpu.joint_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
+        )
 
     def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
         for grad, weight in zip(grads.tensors, weights.tensors):
@@ -122,9 +109,12 @@ class ForeachBackend:
             grad.copy_(grad * coef) if grad.dim() == 0 else grad.mul_(coef)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
+        if len(tensors.tensors) == 1:
+            tensors.tensors[0].clamp_(min, max)
+            return
         # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
         # which on the CPU means small tensors.
-        most = _SMALL if host_sees(tensors.tensors[0]) else math.inf
+        most = SMALL if host_sees(tensors.tensors[0]) else math.inf
         for group in _batches(tensors.tensors, self._batched):
             together = [g for g in group if g.numel() <= most] if len(group) > 1 else []
             if together:
@@ -181,163 +171,7 @@ def host_sees(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_intercepted()
 
 
-# ---------------------------------------------------------------- values the host can see
-
-
-def _host_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
-    if math.isnan(p):
-        return torch.tensor(math.nan, dtype=torch.float64, device="cpu")
-    if p == 0.0:
-        count = sum(_has_nonzero(t) for t in tensors)
-        return torch.tensor(float(count), dtype=torch.float64, device="cpu")
-    if math.isinf(p):
-        return _extreme(tensors, p, small)
-    total, numel = _sum_of_powers(tensors, p, small)
-    mean = total / numel
-    least = _LEAST_MEAN_FLOAT32 if p in (1.0, 2.0) else _LEAST_MEAN_FLOAT64
-    if not least <= mean < math.inf:
-        return _rescaled_norm(tensors, p, small)
-    return torch.tensor(total, dtype=torch.float64, device="cpu").pow(1.0 / p)
-
-
-def _unit_norms(tensor: Tensor, p: float) -> Tensor:
-    """Return the norm of each slice along dimension 0 (of all, below two dimensions), in float64, with the
-    dimensions of the tensor."""
-    dims = list(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
-    wide = widest_dtype(tensor.device)
-    if tensor.is_complex():
-        tensor = tensor.to(torch.complex64 if wide == torch.float32 else torch.complex128).abs()
-    if tensor.dtype != torch.float64 or math.isinf(p) or p == 0.0:
-        norms: Tensor = torch.linalg.vector_norm(tensor, p, dims, keepdim=True, dtype=wide)
-        return norms
-    # Powers of float64 numbers may leave the range; those of ratios to the dominant one do not.
-    dominant = torch.linalg.vector_norm(tensor, math.copysign(math.inf, p), dims, keepdim=True)
-    norm = dominant * torch.linalg.vector_norm(tensor / dominant, p, dims, keepdim=True)
-    return torch.where((dominant > 0.0) & (dominant < math.inf), norm, dominant)
-
-
-def _has_nonzero(tensor: Tensor) -> bool:
-    # In pieces, because any() makes a mask of what it is asked about.
-    return any(bool(piece.any()) for piece in _pieces([tensor], _PIECE, 0))
-
-
-def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
-    """Return the norm of values whose powers leave the range, dividing by the dominant one first."""
-    pivot = _extreme(tensors, math.copysign(math.inf, p), small)
-    if pivot == 0.0 or not torch.isfinite(pivot):
-        return pivot
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
-    for piece in _pieces(tensors, _PIECE, small):
-        total += piece.to(torch.float64, copy=True).abs_().div_(pivot).pow_(p).sum()
-    return pivot * total.pow(1.0 / p)
-
-
-def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> tuple[float, int]:
-    """Return the sum of |x|^p, and the number of elements.
-
-    What is kept from a piece is a Python number: a small tensor allocated beside a large
-    temporary one would hold the heap open and let it grow with every piece.
-    """
-    total, numel = 0.0, 0
-    for span in _pieces(tensors, _SPAN, small):
-        numel += span.numel()
-        for piece in [span] if _reduces_in_place(span, p) else span.split(_PIECE):
-            total += _sum_of_piece(piece, p)
-    return total, numel
-
-
-def _reduces_in_place(piece: Tensor, p: float) -> bool:
-    return p == 2.0 and piece.dtype in (torch.float32, torch.float64)
-
-
-def _sum_of_piece(piece: Tensor, p: float) -> float:
-    if _reduces_in_place(piece, p):
-        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in _rows(piece)]).double()
-        return torch.dot(norms, norms).item()
-    if p == 2.0:
-        return _sum_of_piece(piece.float(), p)
-    if p == 1.0:
-        magnitudes = (piece if piece.dtype == torch.float64 else piece.float()).abs()
-        return torch.cat([rows.sum(dim=1) for rows in _rows(magnitudes)]).double().sum().item()
-    # Powers in float64: torch's float32 power is slower, and 1/p magnifies its error for small p.
-    return piece.to(torch.float64, copy=True).abs_().pow_(p).sum().item()
-
-
-def _rows(flat: Tensor) -> Iterator[Tensor]:
-    body = flat.numel() // _ROW * _ROW
-    if body:
-        yield flat[:body].view(-1, _ROW)
-    if body < flat.numel():
-        yield flat[body:].view(1, -1)
-
-
-def _extreme(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
-    """Return max |x| for p = inf or min |x| for p = -inf as float64; NaN if there is one."""
-    found = []
-    for piece in _pieces(tensors, _SPAN if p > 0 else _PIECE, small):
-        if p > 0:
-            low, high = torch.aminmax(piece)
-            found.append(torch.maximum(low.abs(), high.abs()).item())
-        else:
-            found.append(piece.abs().amin().item())
-    values = torch.tensor(found, dtype=torch.float64, device="cpu")
-    return values.amax() if p > 0 else values.amin()
-
-
-def _pieces(tensors: Sequence[Tensor], most: int, small: int) -> Iterator[Tensor]:
-    """Yield every element once, as real flat tensors of at most ``most`` elements.
-
-    Dense tensors are yielded as views in memory order; tensors of up to ``small`` elements
-    are joined by copying; complex ones become magnitudes, those with gaps are copied.
-    """
-    for dtype in dict.fromkeys(t.dtype for t in tensors):  # in list order: a set's order varies
-        group = [t for t in tensors if t.dtype == dtype]
-        if dtype.is_complex:
-            for tensor in group:
-                if tensor.numel() > 0:
-                    yield from _copied_pieces(tensor)
-            continue
-        yield from _joined([t for t in group if 0 < t.numel() <= small])
-        for tensor in group:
-            if tensor.numel() > small:
-                flat = flat_view(tensor)
-                yield from _copied_pieces(tensor) if flat is None else flat.split(most)
-
-
-def _joined(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Yield small tensors of one dtype as few flat copies, each of at most _PIECE elements."""
-    start = size = 0
-    for index, tensor in enumerate(tensors):
-        size += tensor.numel()
-        if size > _PIECE:
-            yield _concatenated(tensors[start:index])
-            start, size = index, tensor.numel()
-    if tensors:
-        yield _concatenated(tensors[start:])
-
-
-def _concatenated(tensors: list[Tensor]) -> Tensor:
-    # Biases and norms are 1-d, and cat takes those as they are for a third of the time.
-    if all(t.dim() == 1 for t in tensors):
-        return torch.cat(tensors)
-    joined: Tensor = _flatten_dense_tensors(tensors)
-    return joined
-
-
-def _copied_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    if tensor.numel() > _PIECE:
-        longest = max(range(tensor.dim()), key=tensor.size)
-        for half in tensor.tensor_split(2, dim=longest):
-            yield from _copied_pieces(half)
-    elif tensor.is_complex():
-        # complex128 first: |z| of a complex64 can exceed the largest float32.
-        yield tensor.to(torch.complex128).abs().reshape(-1)
-    else:
-        # A 1-d tensor with gaps is flat as it is, and torch sums such rows with fewer running sums.
-        yield tensor.reshape(-1).contiguous()
-
-
-# ---------------------------------------------------------------- values the host cannot see
+# ---------------------------------------------------------------- norms
 
 
 def _device_norm(tensors: Sequence[Tensor], p: float, batched: bool) -> Tensor:
@@ -374,6 +208,22 @@ def _device_norms(tensors: Sequence[Tensor], p: float, batched: bool) -> list[Te
         norms.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], p, dtype=wide)))
     in_order = [norms[index] for index in range(len(tensors))]
     return [norm.ne(0.0).to(wide) for norm in in_order] if p == 0.0 else in_order
+
+
+def _unit_norms(tensor: Tensor, p: float) -> Tensor:
+    """Return the norm of each slice along dimension 0 (of all, below two dimensions), in float64, with the
+    dimensions of the tensor."""
+    dims = list(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
+    wide = widest_dtype(tensor.device)
+    if tensor.is_complex():
+        tensor = tensor.to(torch.complex64 if wide == torch.float32 else torch.complex128).abs()
+    if tensor.dtype != torch.float64 or math.isinf(p) or p == 0.0:
+        norms: Tensor = torch.linalg.vector_norm(tensor, p, dims, keepdim=True, dtype=wide)
+        return norms
+    # Powers of float64 numbers may leave the range; those of ratios to the dominant one do not.
+    dominant = torch.linalg.vector_norm(tensor, math.copysign(math.inf, p), dims, keepdim=True)
+    norm = dominant * torch.linalg.vector_norm(tensor / dominant, p, dims, keepdim=True)
+    return torch.where((dominant > 0.0) & (dominant < math.inf), norm, dominant)
 
 
 def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
