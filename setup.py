@@ -31,6 +31,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 ROOT = Path(__file__).parent
+PLATFORM = sysconfig.get_platform()  # what is compiled for, which _PYTHON_HOST_PLATFORM may change
 MODES = ("auto", "cuda", "cpu", "none")
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = (7, 0)
@@ -54,8 +55,8 @@ def asked_mode():
 
 def find_compiler():
     """Return the command of the C++ compiler."""
-    if not sys.platform.startswith("linux"):
-        raise BuildError(f"the compiled module is built on Linux only, this is {sys.platform}")
+    if not PLATFORM.startswith(("linux", "macosx")):
+        raise BuildError(f"the compiled module is built on Linux and macOS only, this is {PLATFORM}")
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in (asked,) if asked else (["c++"], ["g++"]):
         if shutil.which(command[0]):
@@ -129,9 +130,12 @@ class Build:
         # Without NDEBUG, pybind11 checks the GIL at every change of a reference count: twice the host time.
         self.flags = ["-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", *flags]
         self.flags += [f"-I{path}" for path in includes]
-        exports = ROOT / "csrc" / "python" / "exports.map"
-        self.link_flags = ["-shared", "-pthread", "-ldl", f"-Wl,--version-script={exports}"]
-        self.link_flags += [] if "-g" in flags else ["-Wl,-s"]
+        self.link_flags = ["-shared", "-pthread", "-ldl"]
+        if PLATFORM.startswith("macosx"):  # Python is found when the module is loaded
+            self.link_flags += ["-undefined", "dynamic_lookup"]
+        else:
+            exports = ROOT / "csrc" / "python" / "exports.map"
+            self.link_flags += [f"-Wl,--version-script={exports}", *([] if "-g" in flags else ["-Wl,-s"])]
         self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
         if with_cuda:
             self._add_cuda()

@@ -15,6 +15,7 @@ import pytest
 import sitecustomize as emulated
 import torch
 from torch import Tensor
+from triton_interpreted import keep_some_cases
 
 from gradclip_ext.backends.triton import TritonBackend
 from gradclip_ext.backends.triton.launch import Launch, Launcher
@@ -65,12 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What is added here is streams, captures and devices, which do not depend on the dtype or the order.
     """
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for each in cases.values() for item in each[:: max(1, len(each) // CASES)][:CASES]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    keep_some_cases(config, items, CASES)
     for item in items:
         for part, reason in SKIPPED.items():
             if part in item.nodeid:

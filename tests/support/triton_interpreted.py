@@ -47,6 +47,8 @@ SKIPPED = {
     "test_sizes_around_powers_of_two": "half a minute; the borders of chunks are in test_triton_kernels.py",
 }
 HYPOTHESIS_EXAMPLES = 5
+# Of a test of the public functions, so many cases are kept. The kernels' own tests run all dtypes and orders.
+CASES = 8
 
 
 def pytest_configure() -> None:
@@ -55,11 +57,26 @@ def pytest_configure() -> None:
     _patch_language_once()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_some_cases(config, items, CASES)
     for item in items:
         for part, reason in SKIPPED.items():
             if part in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def keep_some_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> None:
+    """Deselect cases of tests that have more of them, but for those in the folder of the kernels."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for each in cases.values():
+        step = 1 if each[0].path.parent.name == "kernels" else max(1, -(-len(each) // most))
+        kept.update(each[::step])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def _patch_language_once() -> None:
