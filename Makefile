@@ -137,9 +137,9 @@ test-integrations: .venv-integrations/.ready
 	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation -r tests/integrations/requirements.txt
 	touch $@
 
-# The documentation, into build/site; a link that leads nowhere is an error.
+# The documentation, into build/site; a link that leads nowhere is an error (with --quiet, it would not be).
 docs: .venv-docs/.ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --site-dir build/site
 
 .venv-docs/.ready: docs/requirements.txt
 	$(PYTHON) -m venv .venv-docs

@@ -22,6 +22,7 @@ LINKS = {
     "(benchmarks/results/README.md)": "(benchmarks/results/index.md)",
     "[examples/](examples)": "[examples](examples/by_norm.py)",
     "[CONTRIBUTING.md](CONTRIBUTING.md)": "[Design](design.md)",
+    "[tests/cuda_emulator](tests/cuda_emulator/README.md)": "`tests/cuda_emulator`",
 }
 
 

@@ -46,14 +46,13 @@ def adaptive_clip_grad_(
         RuntimeError: a gradient is expanded, or its shape differs from its weight's.
         NotImplementedError: a DTensor is divided otherwise than along dimension 0 (below two dimensions: at
             all) or still has to be summed over ranks; a tensor of another subclass that dispatches by itself.
-        No exception changes any gradient.
 
     Note:
-        Never synchronises or communicates: of DTensors each rank clips the units that it has. Deterministic.
+        No exception changes any gradient. Never synchronises or communicates: of DTensors each rank clips the units that it has. Deterministic.
         A NaN makes its unit NaN, an infinity makes the finite elements of its unit 0; other units do not
         notice. A NaN in a weight makes that unit of the gradient NaN.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.ones(2, 4))
         >>> weight.grad = torch.tensor([[1.0], [0.001]]).expand(2, 4).clone()
         >>> adaptive_clip_grad_([weight], clip_factor=0.1)

@@ -65,7 +65,7 @@ def unscale_and_clip_grad_norm_(
         ranks, so all of them find the same infinities and skip the same steps. An infinity counts for one
         device only, as the fused optimizers expect it.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
         >>> scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

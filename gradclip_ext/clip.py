@@ -133,7 +133,7 @@ def clip_grad_norm_(
         which the host waits. Over many ranks, float64
         gradients overflow where their norm to the power norm_type does.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grad_norm_([weight], max_norm=1.0)
@@ -189,7 +189,7 @@ def get_total_norm(
     tensors' own meshes decide which ranks take part, so an empty list without ``group`` does
     not communicate, and ``copies`` gets the tensors. Expanded tensors are welcome.
 
-    Example:
+    Examples:
         >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
@@ -249,7 +249,7 @@ def clip_grads_with_norm_(
         Synchronises only to bring a total_norm or max_norm from an accelerator to gradients on the
         CPU. Of DTensors each rank scales its own part, without communication.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grads_with_norm_([weight], max_norm=1.0, total_norm=torch.tensor(10.0))
@@ -310,7 +310,7 @@ def clip_grad_value_(
         Never synchronises; of DTensors each rank clamps its own part, without communication.
         NaN stays NaN, infinities become the bound.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
         >>> weight.grad = torch.tensor([-2.0, 0.5, 3.0])
         >>> clip_grad_value_([weight], 1.0)
@@ -354,7 +354,7 @@ def clamp_grad_(
         Never synchronises; of DTensors each rank clamps its own part, without communication.
         NaN stays NaN, infinities become the bound on their side.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
         >>> weight.grad = torch.tensor([-2.0, 0.5, 3.0])
         >>> clamp_grad_([weight], min=-0.1, max=1.0)

@@ -50,7 +50,7 @@ def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None 
     Note:
         Communicates as the norm of order 2 does, and waits for the result.
 
-    Example:
+    Examples:
         >>> count_elements([torch.nn.Parameter(torch.zeros(3, 2))])
         tensor(6)
     """
@@ -90,7 +90,7 @@ def warm_up(parameters: Any, *, group: Any = None) -> None:
     Note:
         All ranks have to call it. Communicates 8 bytes as the norm does; does not synchronise.
 
-    Example:
+    Examples:
         >>> warm_up([torch.nn.Parameter(torch.zeros(3, 2))])
     """
     listed = _parameters(parameters)

@@ -99,7 +99,7 @@ def register_clamp_hook(
         ``unscale_``) clamps what the optimizer gets, under FSDP too. Parameters of
         ``fully_shard`` given as a list look like any DTensors and are not recognised.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> handle = register_clamp_hook([weight], min=-0.5, max=2.0)
         >>> (weight * torch.tensor([-3.0, 1.0, 5.0])).sum().backward()

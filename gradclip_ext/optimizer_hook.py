@@ -106,7 +106,7 @@ def register_clip_hook(
         Hooks are on this optimizer, not on copies of it. Two hooks clip twice. After the step, ``.grad``
         holds the clipped gradients.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> handle = register_clip_hook(optimizer, max_norm=1.0)

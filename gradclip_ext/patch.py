@@ -86,7 +86,7 @@ def patch_torch() -> TorchPatch:
         Of this process only. ``python -m gradclip_ext script.py`` runs a script under the patch,
         and ``python -m gradclip_ext --install-startup`` lets spawned workers have it.
 
-    Example:
+    Examples:
         >>> with patch_torch():
         ...     torch.nn.utils.clip_grad_norm_ is clip_grad_norm_
         True

@@ -59,7 +59,7 @@ def skip_step_(optimizer: Optimizer, when: Tensor | bool) -> None:
         The step takes its usual time. State that a first step creates is there after it, as zeros. The
         request is a part neither of ``state_dict()`` nor of a copy of the optimizer. ``zero_grad`` as usual.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
         >>> weight.grad = torch.tensor([300.0, 400.0])

@@ -40,7 +40,7 @@ class GradStats:
 
     The tensors are on the device of the first gradient (float32 where a device has no float64).
 
-    Example:
+    Examples:
         >>> weight, bias = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
         >>> weight.grad = torch.tensor([3.0, -4.0])
         >>> get_grad_stats([("weight", weight), ("bias", bias)])
@@ -153,7 +153,7 @@ def get_grad_stats(
         Deterministic; sums are accumulated as in :func:`clip_grad_norm_`. Call it before clipping: afterwards
         the gradients are other ones.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
         >>> weight.grad = torch.tensor([3.0, 0.0, -4.0])
         >>> stats = get_grad_stats([("weight", weight)])

@@ -117,7 +117,7 @@ class ZClip(NormState):
         whose square overflows, leaves the state as it was; after the warm-up the limit for it is
         ``clip_factor * mean``, at most max_norm.
 
-    Example:
+    Examples:
         >>> rule = ZClip(warmup_steps=2)
         >>> [round(rule(torch.tensor(norm)).item(), 3) for norm in (0.5, 0.7, 0.6, 9.0)]
         [1.0, 1.0, 1.0, 0.607]
@@ -192,7 +192,7 @@ class AutoClip(NormState):
         As :class:`ZClip`, but for NaN and infinite norms: they are not remembered, and the limit for one is
         the percentile of those that are, or 0 as long as there is none. Each call sorts the window.
 
-    Example:
+    Examples:
         >>> rule = AutoClip(percentile=50.0)
         >>> [rule(torch.tensor(norm)).item() for norm in (4.0, 1.0, 2.0)]
         [4.0, 2.5, 2.0]
@@ -258,7 +258,7 @@ class AdaGC(NormState):
         of that gradient as they were, and has no part in the joint norm: an average of 0 would never grow
         again. The norms have to be of order 2.
 
-    Example:
+    Examples:
         >>> weight, bias = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
         >>> weight.grad, bias.grad = torch.tensor([0.3, 0.4]), torch.tensor([0.1])
         >>> rule = AdaGC([weight, bias], warmup_steps=1)
@@ -343,7 +343,7 @@ class SpikeDetector(NormState):
         As :class:`ZClip`, but for NaN and infinite norms: each of them is a spike, from the first call on,
         and is not remembered. The value may be a loss as well as a norm.
 
-    Example:
+    Examples:
         >>> detector = SpikeDetector(window=8)
         >>> [detector(torch.tensor(norm)).item() for norm in (1.0, 1.1, 0.9, 1.0, 5.0, 1.0)]
         [False, False, False, False, True, False]

@@ -87,4 +87,4 @@ def test_every_public_function_is_documented(name: str) -> None:
     doc = getattr(gradclip_ext, name).__doc__
     assert doc and doc.splitlines()[0].endswith("."), "one imperative line comes first"
     if name not in ("unpatch_torch", "ClampHandle", "ClipHandle", "TorchPatch"):  # shown where they are made
-        assert "Example:" in doc and ">>>" in doc
+        assert "Examples:" in doc and ">>>" in doc
