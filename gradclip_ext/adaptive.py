@@ -48,9 +48,9 @@ def adaptive_clip_grad_(
             all) or still has to be summed over ranks; a tensor of another subclass that dispatches by itself.
 
     Note:
-        No exception changes any gradient. Never synchronises or communicates: of DTensors each rank clips the units that it has. Deterministic.
-        A NaN makes its unit NaN, an infinity makes the finite elements of its unit 0; other units do not
-        notice. A NaN in a weight makes that unit of the gradient NaN.
+        No exception changes any gradient. Never synchronises or communicates: of DTensors each rank clips the
+        units that it has. Deterministic. A NaN makes its unit NaN, an infinity makes the finite elements of
+        its unit 0; other units do not notice. A NaN in a weight makes that unit of the gradient NaN.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.ones(2, 4))
