@@ -1,8 +1,9 @@
-"""How the foreach backend groups tensors where the host sees no values."""
+"""How the foreach backend groups tensors, and converts those of half types."""
 
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import oracle
 import pytest
@@ -11,7 +12,7 @@ from cases import clones, random
 from oracle import parameter
 
 import gradclip_ext
-from gradclip_ext.backends import base, foreach
+from gradclip_ext.backends import base, foreach, foreach_cpu
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,34 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(g) for g in foreach._batches([a, b, half], False)] == [1, 1, 1]
     overlapping = [a[:2], a[1:], b]
     assert [len(g) for g in foreach._batches(overlapping, True)] == [1, 1, 1]
+
+
+def halves() -> list[torch.Tensor]:
+    """Return tensors of half types that are converted together, in several pieces, and one with gaps."""
+    sizes = (foreach_cpu.SMALL + 1, foreach_cpu._PIECE - 5, 40_000, 2 * foreach_cpu._PIECE + 3, 7)
+    grads = [random(size, dtype=dtype) for size in sizes for dtype in (torch.bfloat16, torch.float16)]
+    return [*grads, random(300, 200, dtype=torch.bfloat16)[:, ::2]]
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_halves_are_converted_together(norm_type: float) -> None:
+    grads = halves()
+    norm = gradclip_ext.get_total_norm(grads, norm_type, backend="foreach")
+    oracle.assert_norm(norm, grads, norm_type)
+
+
+def test_memory_for_halves_outlives_inference_mode() -> None:
+    """What is made in that mode can be written to only there, and the memory is kept for later calls."""
+    grads = halves()
+
+    def norm() -> float:
+        return gradclip_ext.get_total_norm(grads, backend="foreach").item()
+
+    def first_in_inference_mode() -> list[float]:
+        with torch.inference_mode():
+            first = norm()
+        return [first, norm()]
+
+    with ThreadPoolExecutor(2) as pool:  # threads that have no such memory yet
+        found = [future.result() for future in [pool.submit(first_in_inference_mode) for _ in range(2)]]
+    assert found == [[norm()] * 2] * 2
