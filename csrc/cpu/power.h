@@ -42,9 +42,9 @@ GRADCLIP_INLINE F64 exp2(F64 y) {
   const F64 shifted = exponent + 0x1.8p52,
             r = (exponent - (shifted - 0x1.8p52)) * 0.6931471805599453;
   // Taylor's series of e^r, |r| < 0.347: the first omitted term is below 2^-52.
-  const F64 series = polynomial(r, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5,
-                                1.0, 1.0);
+  const F64 series =
+      polynomial(r, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0);
   const F64 power = (F64)((U64)series + ((U64)shifted << 52));
   return over ? F64{} + HUGE_VAL : under ? F64{} : power;
 }

@@ -25,9 +25,7 @@ FENCE = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(
-        str(path), run_name="__main__"
-    )  # a process would import torch for seconds
+    runpy.run_path(str(path), run_name="__main__")  # a process would import torch for seconds
     assert "epoch  90" in capsys.readouterr().out
 
 
