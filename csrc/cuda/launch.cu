@@ -37,29 +37,29 @@ struct Device {
   bool large_parameters = false;
 };
 
-/// Loads the kernels of one table, so that their first launch can be captured with any driver.
-/// Fails if the binary has no code for this device.
-template <typename Table>
-cudaError_t load(cudaFuncAttributes& scale) {
-  cudaFuncAttributes other;
-  cudaError_t error = cudaFuncGetAttributes(&scale, scale_kernel<Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<L1, Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<L2, Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_kernel<LInf, Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, norm_float64_kernel<Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, clamp_kernel<Table>);
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&other, tensors_kernel<L2, NormPartial, Table>);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&other, tensors_kernel<L1, StatisticsPartial, Table>);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&other, tensors_kernel<L2, StatisticsPartial, Table>);
-  }
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, tensors_float64_kernel<Table>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&other, adaptive_kernel);
+/// Loads kernels, so that their first launch can be captured with any driver. Fails if the binary
+/// has no code for this device.
+template <typename... Kernels>
+cudaError_t load(Kernels... kernels) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
   return error;
+}
+
+/// The kernels of most steps of most trainings, which have tables of all sizes.
+template <typename Table>
+cudaError_t load_usual_kernels() {
+  return load(norm_kernel<L2, Table>, scale_kernel<Table>, clamp_kernel<Table>);
+}
+
+template <typename Table>
+cudaError_t load_kernels() {
+  const cudaError_t error = load_usual_kernels<Table>();
+  if (error != cudaSuccess) return error;
+  return load(norm_kernel<L1, Table>, norm_kernel<LInf, Table>, norm_float64_kernel<Table>,
+              tensors_kernel<L2, NormPartial, Table>, tensors_kernel<L1, StatisticsPartial, Table>,
+              tensors_kernel<L2, StatisticsPartial, Table>, tensors_float64_kernel<Table>);
 }
 
 cudaError_t describe(int index, Device& device) {
@@ -67,13 +67,18 @@ cudaError_t describe(int index, Device& device) {
   cudaFuncAttributes scale;
   cudaError_t error = cudaDriverGetVersion(&driver);
   device.index = index;
-  if (error == cudaSuccess) error = load<LaunchTable<kSmallLaunchTensors>>(scale);
+  if (error == cudaSuccess) error = load(adaptive_kernel);
+  if (error == cudaSuccess) error = load_kernels<LaunchTable<kSmallLaunchTensors>>();
 #if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
   device.large_parameters = driver >= 12010;
   if (error == cudaSuccess && device.large_parameters) {
-    error = load<LaunchTable<kLargeLaunchTensors>>(scale);
+    error = load_usual_kernels<LaunchTable<kMediumLaunchTensors>>();
+    if (error == cudaSuccess) error = load_kernels<LaunchTable<kLargeLaunchTensors>>();
   }
 #endif
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&scale, scale_kernel<LaunchTable<kSmallLaunchTensors>>);
+  }
   // Queried here, once: the binding makes sure that the query does not invalidate a stream capture.
   void* counters = nullptr;
   if (error == cudaSuccess) error = cudaGetSymbolAddress(&counters, arrival_counters);
@@ -160,15 +165,21 @@ cudaError_t for_each_table(const TensorList& list, Order order, const Device& de
   return cudaSuccess;
 }
 
-/// Calls `launch` as for_each_table does. Short lists use the small table: copying 4 KiB of
-/// parameters takes less time than copying 32 KiB.
-template <typename Launch>
+/// Calls `launch` as for_each_table does, with the smallest table that holds the list: parameters
+/// are copied whole. `kWithMedium` is for the kernels of load_usual_kernels: if all had a medium
+/// table, compile time and binary would grow by half, instead of by 8 %.
+template <bool kWithMedium = false, typename Launch>
 cudaError_t for_each_launch(const TensorList& list, Order order, Launch&& launch) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
 #if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
   if (device.large_parameters && list.size() > kSmallLaunchTensors) {
+    if constexpr (kWithMedium) {
+      if (list.size() <= kMediumLaunchTensors) {
+        return for_each_table<kMediumLaunchTensors>(list, order, device, launch);
+      }
+    }
     return for_each_table<kLargeLaunchTensors>(list, order, device, launch);
   }
 #endif
@@ -211,6 +222,30 @@ cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream
 bool is_in_float32(const TensorList& list, double norm_type) {
   return !list.holds(DType::kFloat64) &&
          (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
+}
+
+/// Enqueues norm_kernel for a list without float64. `counter` is for its last launch.
+template <typename Norm>
+cudaError_t enqueue_norm(const TensorList& list, NormOutput out, unsigned* counter,
+                         cudaStream_t stream) {
+  const auto launch = [&](const auto& table, const Device& device, bool is_first, bool is_last) {
+    using Table = std::decay_t<decltype(table)>;
+    out.arrivals = is_last ? counter : nullptr;
+    return enqueue(norm_kernel<Norm, Table>, blocks_for(list, table, device),
+                   device.dependent_launch && !is_first, stream, table, out);
+  };
+  return for_each_launch<std::is_same_v<Norm, L2>>(list, Order::kForward, launch);
+}
+
+cudaError_t enqueue_norm_float64(const TensorList& list, double norm_type, NormOutput out,
+                                 unsigned* counter, cudaStream_t stream) {
+  const auto launch = [&](const auto& table, const Device& device, bool is_first, bool is_last) {
+    using Table = std::decay_t<decltype(table)>;
+    out.arrivals = is_last ? counter : nullptr;
+    return enqueue(norm_float64_kernel<Table>, blocks_for(list, table, device),
+                   device.dependent_launch && !is_first, stream, table, out, norm_type);
+  };
+  return for_each_launch(list, Order::kForward, launch);
 }
 
 cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutput out,
@@ -290,20 +325,13 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, const Limits& 
   out.clip_coef = buffers.clip_coef;
   out.is_float64 = buffers.is_float64;
   out.limits = limits;
-  const auto launch = [&](const auto& table, const Device& device, bool is_first, bool is_last) {
-    using Table = std::decay_t<decltype(table)>;
-    out.arrivals = is_last ? counter : nullptr;
-    const unsigned blocks = blocks_for(list, table, device);
-    const bool dependent = device.dependent_launch && !is_first;
-    if (!is_in_float32(list, norm_type)) {
-      return enqueue(norm_float64_kernel<Table>, blocks, dependent, stream, table, out, norm_type);
-    }
-    const auto kernel = norm_type == 2.0   ? norm_kernel<L2, Table>
-                        : norm_type == 1.0 ? norm_kernel<L1, Table>
-                                           : norm_kernel<LInf, Table>;
-    return enqueue(kernel, blocks, dependent, stream, table, out);
-  };
-  return for_each_launch(list, Order::kForward, launch);
+  if (!is_in_float32(list, norm_type)) {
+    return enqueue_norm_float64(list, norm_type, out, counter, stream);
+  }
+  const auto enqueue_kernel = norm_type == 2.0   ? enqueue_norm<L2>
+                              : norm_type == 1.0 ? enqueue_norm<L1>
+                                                 : enqueue_norm<LInf>;
+  return enqueue_kernel(list, out, counter, stream);
 }
 
 int64_t tensors_scratch_bytes(const TensorList& list) {
@@ -355,7 +383,7 @@ cudaError_t launch_scale(const TensorList& list, const Coefficients& coefs, cuda
     return enqueue(scale_kernel<Table>, blocks_for(list, table, device), device.dependent_launch,
                    stream, table, coefs, !is_last);
   };
-  return for_each_launch(list, Order::kBackward, launch);
+  return for_each_launch<true>(list, Order::kBackward, launch);
 }
 
 cudaError_t launch_clamp(const TensorList& list, double min, double max, cudaStream_t stream) {
@@ -365,7 +393,7 @@ cudaError_t launch_clamp(const TensorList& list, double min, double max, cudaStr
     return enqueue(clamp_kernel<Table>, blocks_for(list, table, device), dependent, stream, table,
                    min, max, !is_last);
   };
-  return for_each_launch(list, Order::kForward, launch);
+  return for_each_launch<true>(list, Order::kForward, launch);
 }
 
 }  // namespace gradclip::cuda

@@ -152,13 +152,28 @@ def test_agrees_with_the_other_backend() -> None:
 # ---------------------------------------------------------------- sizes
 
 
-@pytest.mark.parametrize("count", [280, 281, 282, 2329, 2330, 10_000])
+@pytest.mark.parametrize("count", [280, 281, 282, 610, 611, 2329, 2330, 10_000])
 def test_lists_around_what_a_launch_holds(name: str, count: int) -> None:
     params = [parameter(torch.randn(1 + i % 37, device=GPU)) for i in range(count)]
     before = clones(grads_of(params))
     norm = gradclip_ext.clip_grad_norm_(params, 1.0, backend=name)
     oracle.assert_norm(norm, before, 2.0)
     oracle.assert_scaled(grads_of(params), before, norm, 1.0)
+    before = clones(grads_of(params))
+    gradclip_ext.clip_grad_value_(params, 0.01, backend=name)
+    for grad, old in zip(grads_of(params), before):
+        assert_same_bits(grad, old.clamp(-0.01, 0.01))
+
+
+@pytest.mark.skipif(WHY_NOT["cuda"] is not None, reason=f"of the cuda backend: {WHY_NOT['cuda']}")
+def test_the_bits_do_not_depend_on_the_table() -> None:
+    """The zeros are added last, so they change nothing but the table that the list takes."""
+    for dtypes in ([torch.float32], [torch.bfloat16, torch.float32]):
+        grads = [torch.randn(1 + 97 * i, device=GPU).to(dtypes[i % len(dtypes)]) for i in range(200)]
+        zeros = [torch.zeros(1, device=GPU)] * 2200
+        norms = [norm_of("cuda", grads + zeros[:more]) for more in (0, 82, 410, 411, 2200)]
+        for other in norms[1:]:
+            assert_same_bits(other, norms[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

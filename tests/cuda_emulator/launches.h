@@ -96,15 +96,22 @@ void add_kernel(std::map<std::string, Launch>& ours) {
 }
 
 template <int kCapacity>
+void add_usual_kernels(std::map<std::string, Launch>& ours) {
+  using namespace gradclip::cuda;
+  using Table = gradclip::LaunchTable<kCapacity>;
+  add_kernel<&norm_kernel<L2, Table>>(ours);
+  add_kernel<&scale_kernel<Table>>(ours);
+  add_kernel<&clamp_kernel<Table>>(ours);
+}
+
+template <int kCapacity>
 void add_kernels(std::map<std::string, Launch>& ours) {
   using namespace gradclip::cuda;
   using Table = gradclip::LaunchTable<kCapacity>;
+  add_usual_kernels<kCapacity>(ours);
   add_kernel<&norm_kernel<L1, Table>>(ours);
-  add_kernel<&norm_kernel<L2, Table>>(ours);
   add_kernel<&norm_kernel<LInf, Table>>(ours);
   add_kernel<&norm_float64_kernel<Table>>(ours);
-  add_kernel<&scale_kernel<Table>>(ours);
-  add_kernel<&clamp_kernel<Table>>(ours);
   add_kernel<&tensors_kernel<L2, NormPartial, Table>>(ours);
   add_kernel<&tensors_kernel<L1, StatisticsPartial, Table>>(ours);
   add_kernel<&tensors_kernel<L2, StatisticsPartial, Table>>(ours);
@@ -115,6 +122,7 @@ inline Launch launch_of(const std::string& name) {
   static const auto ours = [] {
     std::map<std::string, Launch> added;
     add_kernels<gradclip::kSmallLaunchTensors>(added);
+    add_usual_kernels<gradclip::kMediumLaunchTensors>(added);
     add_kernels<gradclip::kLargeLaunchTensors>(added);
     add_kernel<&gradclip::cuda::adaptive_kernel>(added);
     return added;

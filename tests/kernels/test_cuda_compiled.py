@@ -23,7 +23,8 @@ def each(*architectures):
 # Kernels per table size: three norms in float32, one in float64, scale, clamp; and of results for each
 # tensor, norms of order 2, statistics of orders 1 and 2, and both in float64.
 KERNELS_PER_TABLE = 10
-TABLES = 2
+TABLES = 2  # of all kernels
+MORE_TABLES = {"norm_kernel": 1, "scale_kernel": 1, "clamp_kernel": 1}  # the medium one; of norms, order 2
 OTHER_KERNELS = 1  # adaptive clipping has a table of its own
 # So that 4 blocks fit on a multiprocessor, as launch.cu counts on, or 3 of some kernels.
 MAX_REGISTERS, MAX_REGISTERS_OF_3_BLOCKS = 64, 80
@@ -85,7 +86,7 @@ def resources(report):
 def test_registers_and_spills(compiled, arch):
     _, report = compiled(arch)
     found = list(resources(report))
-    assert len(found) == KERNELS_PER_TABLE * TABLES + OTHER_KERNELS, report
+    assert len(found) == KERNELS_PER_TABLE * TABLES + sum(MORE_TABLES.values()) + OTHER_KERNELS, report
     for kernel, registers, spilled, stack in found:
         assert stack <= STACK_FRAMES.get(kernel, 0), f"{kernel} has {stack} bytes of stack on sm_{arch}"
         assert spilled == 0, f"{kernel} spills {spilled} bytes on sm_{arch}"
@@ -112,7 +113,7 @@ def longest_bursts(listing, kernel):
     A run is broken by whatever is not a load or the integer arithmetic of its address.
     """
     instances = re.split(r"Function : ", listing)[1:]
-    for text in (t for t in instances if kernel in t.split("\n", 1)[0]):
+    for text in (t for t in instances if f"{len(kernel)}{kernel}" in t.split("\n", 1)[0]):
         runs, run = [], 0
         for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", text):
             if opcode.startswith("LDG") and ".128" in opcode:
@@ -137,21 +138,23 @@ def listing_for(compiled):
     return listing_for
 
 
-@pytest.mark.parametrize("kernel", ["11norm_kernel", "14tensors_kernel"])
+@pytest.mark.parametrize("kernel", ["norm_kernel", "tensors_kernel"])
 @each("80", "90")
 def test_the_norm_kernels_keep_eight_loads_in_flight(listing_for, arch, kernel):
     bursts = list(longest_bursts(listing_for(arch), kernel))
-    assert len(bursts) == 3 * TABLES, f"{len(bursts)} kernels like {kernel} found in the SASS"
+    expected = 3 * TABLES + MORE_TABLES.get(kernel, 0)
+    assert len(bursts) == expected, f"{len(bursts)} kernels like {kernel} found in the SASS"
     for runs in bursts:
         # One main loop for each of float32, bfloat16 and float16.
         assert runs[:3] == [8, 8, 8], f"runs of 128-bit loads on sm_{arch}: {runs[:6]}"
 
 
-@pytest.mark.parametrize("kernel", ["12scale_kernel", "12clamp_kernel"])
+@pytest.mark.parametrize("kernel", ["scale_kernel", "clamp_kernel"])
 @each("80", "90")
 def test_four_loads_are_in_flight_in_place_also_where_a_tensor_ends(listing_for, arch, kernel):
     bursts = list(longest_bursts(listing_for(arch), kernel))
-    assert len(bursts) == TABLES, f"{len(bursts)} kernels like {kernel} found in the SASS"
+    expected = TABLES + MORE_TABLES[kernel]
+    assert len(bursts) == expected, f"{len(bursts)} kernels like {kernel} found in the SASS"
     for runs in bursts:  # of four dtypes, each in full tiles and in the last tile of a tensor
         assert runs[:8] == [4] * 8, f"runs of 128-bit loads on sm_{arch}: {runs[:10]}"
 
@@ -159,7 +162,7 @@ def test_four_loads_are_in_flight_in_place_also_where_a_tensor_ends(listing_for,
 @each("90", "120")
 def test_the_scale_kernel_finds_its_tensor_before_it_waits(listing_for, arch):
     instances = [t for t in re.split(r"Function : ", listing_for(arch)) if "12scale_kernel" in t[:80]]
-    assert len(instances) == TABLES
+    assert len(instances) == TABLES + MORE_TABLES["scale_kernel"]
     for text in instances:
         before, waits, _ = text.partition("ACQBULK")
         branches = re.findall(r"/\*([0-9a-f]{4,})\*/\s+@!?P\d BRA 0x([0-9a-f]+)", before)
@@ -171,4 +174,4 @@ def test_the_reader_of_sass_can_fail():
     line = "        /*0a00*/                   {} ;\n"
     loads = line.format("LDG.E.128.CONSTANT R4, desc[UR4][R2.64]")
     listing = "Function : x11norm_kernel\n" + loads * 4 + line.format("FFMA R1, R4, R4, R1") + loads * 4
-    assert list(longest_bursts(listing, "11norm_kernel")) == [[4, 4]]
+    assert list(longest_bursts(listing, "norm_kernel")) == [[4, 4]]
