@@ -133,6 +133,16 @@ class TensorList {
     dtypes_ |= 1u << static_cast<unsigned>(dtype);
   }
 
+  /// The list of its float64 tensors, or of all others.
+  TensorList only(bool are_float64) const {
+    TensorList result(chunk_bytes_);
+    for (const Span& grad : grads_) {
+      const bool is_float64 = grad.dtype == DType::kFloat64;
+      if (is_float64 == are_float64) result.add(grad.data, grad.numel, grad.dtype);
+    }
+    return result;
+  }
+
   int64_t size() const { return static_cast<int64_t>(grads_.size()); }
   int64_t chunks() const { return chunk_prefix_.back(); }
   int64_t bytes() const { return bytes_; }

@@ -8,108 +8,14 @@
 #include <utility>
 #include <vector>
 
-#include "adaptive.cuh"
 #include "adaptive_units.h"
-#include "clamp.cuh"
+#include "device.cuh"
 #include "launch.h"
-#include "norm.cuh"
-#include "norm_float64.cuh"
-#include "per_tensor_float64.cuh"
-#include "scale.cuh"
-#include "statistics.cuh"
 
 namespace gradclip::cuda {
 namespace {
 
-// With one of these counters, the blocks of a norm determine which of them is the last. Each is 0
-// when the kernels are loaded and after every norm. They are static memory, which no allocator
-// reuses.
-constexpr int kArrivalCounters = 1024;
-__device__ unsigned arrival_counters[kArrivalCounters];
 constexpr int64_t kCounterBytes = 16;  // in scratch memory; keeps the partials after it aligned
-
-/// What a launch depends on: properties of the device, and of the code that this device runs.
-struct Device {
-  int index = 0;
-  unsigned* arrival_counters = nullptr;
-  int multiprocessors = 0;
-  bool dependent_launch = false;
-  bool large_parameters = false;
-};
-
-/// Loads kernels, so that their first launch can be captured with any driver. Fails if the binary
-/// has no code for this device.
-template <typename... Kernels>
-cudaError_t load(Kernels... kernels) {
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaSuccess;
-  ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
-  return error;
-}
-
-/// The kernels of most steps of most trainings, which have tables of all sizes.
-template <typename Table>
-cudaError_t load_usual_kernels() {
-  return load(norm_kernel<L2, Table>, scale_kernel<Table>, clamp_kernel<Table>);
-}
-
-template <typename Table>
-cudaError_t load_kernels() {
-  const cudaError_t error = load_usual_kernels<Table>();
-  if (error != cudaSuccess) return error;
-  return load(norm_kernel<L1, Table>, norm_kernel<LInf, Table>, norm_float64_kernel<Table>,
-              tensors_kernel<L2, NormPartial, Table>, tensors_kernel<L1, StatisticsPartial, Table>,
-              tensors_kernel<L2, StatisticsPartial, Table>, tensors_float64_kernel<Table>);
-}
-
-cudaError_t describe(int index, Device& device) {
-  int driver = 0;
-  cudaFuncAttributes scale;
-  cudaError_t error = cudaDriverGetVersion(&driver);
-  device.index = index;
-  if (error == cudaSuccess) error = load(adaptive_kernel);
-  if (error == cudaSuccess) error = load_kernels<LaunchTable<kSmallLaunchTensors>>();
-#if CUDART_VERSION >= 12010 && !defined(GRADCLIP_EXT_SMALL_LAUNCHES)
-  device.large_parameters = driver >= 12010;
-  if (error == cudaSuccess && device.large_parameters) {
-    error = load_usual_kernels<LaunchTable<kMediumLaunchTensors>>();
-    if (error == cudaSuccess) error = load_kernels<LaunchTable<kLargeLaunchTensors>>();
-  }
-#endif
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&scale, scale_kernel<LaunchTable<kSmallLaunchTensors>>);
-  }
-  // Queried here, once: the binding makes sure that the query does not invalidate a stream capture.
-  void* counters = nullptr;
-  if (error == cudaSuccess) error = cudaGetSymbolAddress(&counters, arrival_counters);
-  device.arrival_counters = static_cast<unsigned*>(counters);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  }
-  // A dependent launch needs code that waits for the previous kernel. Code compiled for compute_90
-  // or later does; other code does not, whatever GPU it runs on. Before CUDA 12.3, capturing a
-  // dependent launch is an error.
-  device.dependent_launch = error == cudaSuccess && scale.ptxVersion >= 90 && driver >= 12030;
-  return error;
-}
-
-/// Describes the current device. It is queried once: by probe(), before anything is launched.
-cudaError_t current_device(Device& device) {
-  static std::mutex mutex;
-  static std::map<int, Device> known;
-  int index = 0;
-  const cudaError_t error = cudaGetDevice(&index);
-  if (error != cudaSuccess) return error;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) {
-    device = found->second;
-    return cudaSuccess;
-  }
-  const cudaError_t failed = describe(index, device);
-  if (failed == cudaSuccess) known[index] = device;
-  return failed;
-}
 
 // Twice as many as are resident at once by the kernels' launch bounds. On an H200 this is as fast
 // as once or four times as many within 1 %, and up to 6 % faster than once for clamping: a block
@@ -219,12 +125,13 @@ cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream
   return cudaMemsetAsync(scratch, 0, sizeof **counter, stream);
 }
 
-bool is_in_float32(const TensorList& list, double norm_type) {
-  return !list.holds(DType::kFloat64) &&
-         (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
+/// Whether norms of this order have kernels that sum in float32, for all dtypes but float64.
+bool has_float32_kernel(double norm_type) {
+  return norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type);
 }
 
-/// Enqueues norm_kernel for a list without float64. `counter` is for its last launch.
+/// Enqueues norm_kernel for a list without float64. `counter` is for its last launch; null if more
+/// launches follow.
 template <typename Norm>
 cudaError_t enqueue_norm(const TensorList& list, NormOutput out, unsigned* counter,
                          cudaStream_t stream) {
@@ -237,13 +144,24 @@ cudaError_t enqueue_norm(const TensorList& list, NormOutput out, unsigned* count
   return for_each_launch<std::is_same_v<Norm, L2>>(list, Order::kForward, launch);
 }
 
+cudaError_t enqueue_norm(const TensorList& list, double norm_type, const NormOutput& out,
+                         unsigned* counter, cudaStream_t stream) {
+  const auto enqueue_kernel = norm_type == 2.0   ? enqueue_norm<L2>
+                              : norm_type == 1.0 ? enqueue_norm<L1>
+                                                 : enqueue_norm<LInf>;
+  return enqueue_kernel(list, out, counter, stream);
+}
+
+/// Enqueues norm_float64_kernel. `is_plain`: what precedes its first launch may be anybody's
+/// kernel.
 cudaError_t enqueue_norm_float64(const TensorList& list, double norm_type, NormOutput out,
-                                 unsigned* counter, cudaStream_t stream) {
+                                 unsigned* counter, bool is_plain, cudaStream_t stream) {
   const auto launch = [&](const auto& table, const Device& device, bool is_first, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.arrivals = is_last ? counter : nullptr;
     return enqueue(norm_float64_kernel<Table>, blocks_for(list, table, device),
-                   device.dependent_launch && !is_first, stream, table, out, norm_type);
+                   device.dependent_launch && !(is_first && is_plain), stream, table, out,
+                   norm_type);
   };
   return for_each_launch(list, Order::kForward, launch);
 }
@@ -256,7 +174,7 @@ cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutp
   const auto launch = [&](const auto& table, const Device& device, bool, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
     out.is_last_launch = is_last;
-    if (!is_in_float32(list, norm_type)) {
+    if (list.holds(DType::kFloat64) || !has_float32_kernel(norm_type)) {
       const unsigned blocks = blocks_for(list, table, device, kTensorsFloat64Blocks);
       return enqueue(tensors_float64_kernel<Table>, blocks, false, stream, table, out, norm_type);
     }
@@ -316,7 +234,7 @@ int64_t norm_scratch_bytes(const TensorList& list) {
 cudaError_t launch_norm(const TensorList& list, double norm_type, const Limits& limits,
                         const NormBuffers& buffers, cudaStream_t stream, bool is_pool_stream) {
   unsigned* counter = nullptr;
-  const cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &counter);
+  cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &counter);
   if (error != cudaSuccess) return error;
   NormOutput out = {};
   out.partials = reinterpret_cast<double*>(static_cast<char*>(buffers.scratch) + kCounterBytes);
@@ -325,13 +243,21 @@ cudaError_t launch_norm(const TensorList& list, double norm_type, const Limits& 
   out.clip_coef = buffers.clip_coef;
   out.is_float64 = buffers.is_float64;
   out.limits = limits;
-  if (!is_in_float32(list, norm_type)) {
-    return enqueue_norm_float64(list, norm_type, out, counter, stream);
+  if (!has_float32_kernel(norm_type)) {
+    return enqueue_norm_float64(list, norm_type, out, counter, true, stream);
   }
-  const auto enqueue_kernel = norm_type == 2.0   ? enqueue_norm<L2>
-                              : norm_type == 1.0 ? enqueue_norm<L1>
-                                                 : enqueue_norm<LInf>;
-  return enqueue_kernel(list, out, counter, stream);
+  if (!list.holds(DType::kFloat64)) return enqueue_norm(list, norm_type, out, counter, stream);
+  // Its float64 tensors alone take the slow kernel, which finalizes what is known of the others,
+  // too.
+  const TensorList float32s = list.only(false), float64s = list.only(true);
+  NormOutput float32_out = out;
+  float32_out.partials += 2 * float64s.chunks();
+  error = enqueue_norm(float32s, norm_type, float32_out, nullptr, stream);
+  if (error != cudaSuccess) return error;
+  out.chunks = float64s.chunks();
+  out.float32_partials = float32_out.partials;
+  out.float32_chunks = float32s.chunks();
+  return enqueue_norm_float64(float64s, norm_type, out, counter, float32s.size() == 0, stream);
 }
 
 int64_t tensors_scratch_bytes(const TensorList& list) {

@@ -10,12 +10,15 @@ namespace gradclip::cuda {
 
 /// Where a norm kernel writes its results.
 struct NormOutput {
-  double* partials;    // one per chunk of the whole list, by index
+  double* partials;    // one per chunk of the list, by index; of norm_float64_kernel, a ScaledSum
   unsigned* arrivals;  // 0 between launches; null in all launches of a list but the last
-  int64_t chunks;      // of the whole list
-  void* total_norm;    // a float, or a double if is_float64
-  void* clip_coef;     // the same
-  bool is_float64;     // some gradient is float64
+  int64_t chunks;      // of the list
+  // Of norm_float64_kernel: what norm_kernel has left of the tensors that are not float64.
+  const double* float32_partials;
+  int64_t float32_chunks;
+  void* total_norm;  // a float, or a double if is_float64
+  void* clip_coef;   // the same
+  bool is_float64;   // some gradient is float64
   Limits limits;
 
   /// Whether the next kernel on the stream is one of ours: the list's next norm kernel, or

@@ -1,4 +1,4 @@
-// The norm computed in float64: for any order p > 0, and for lists with a float64 tensor.
+// The norm computed in float64: for any order p > 0, and for float64 tensors.
 
 #pragma once
 
@@ -76,20 +76,34 @@ __device__ inline double norm_of(double largest, double sum, double p) {
   return p < INFINITY && can_divide_by(largest) ? largest * general_power(sum, 1.0 / p) : largest;
 }
 
-/// Returns the norm to thread 0, from partials in two passes, so that no power depends on another
-/// one.
+/// Reads a partial that other SMs wrote, so from L2.
 template <typename Partial>
-__device__ double norm_of_partials(const Partial* partials, int64_t chunks, double p) {
+__device__ ScaledSum load_partial(const Partial* partial) {
+  return {__ldcg(&partial->largest), __ldcg(&partial->sum)};
+}
+
+/// A partial of norm_kernel as a scaled sum. Unless it is 0, it is at least 1e-90, the square of
+/// the smallest float32, so whatever underflows when it is scaled by 1 does not count beside it.
+__device__ inline ScaledSum scaled(double partial, double p) {
+  if (p == INFINITY || !can_divide_by(partial)) return {partial, 0.0};
+  return {1.0, partial};
+}
+
+/// Returns the norm to thread 0, from partial(0) to partial(count - 1) in two passes, so that no
+/// power depends on another one.
+template <typename Partial>
+__device__ double norm_of_partials(int64_t count, double p, Partial&& partial) {
   __shared__ double shared[kWarps];
   double largest = 0.0;
-  for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
-    largest = nan_max(largest, __ldcg(&partials[i].largest));
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    largest = nan_max(largest, partial(i).largest);
   }
   largest = block_max(largest, shared);
   double sum = 0.0;
   if (can_divide_by(largest)) {
-    for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
-      sum += rescaled(__ldcg(&partials[i].sum), __ldcg(&partials[i].largest), largest, p);
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+      const ScaledSum found = partial(i);
+      sum += rescaled(found.sum, found.largest, largest, p);
     }
   }
   return norm_of(largest, block_reduce<L1>(sum, shared), p);
@@ -97,12 +111,16 @@ __device__ double norm_of_partials(const Partial* partials, int64_t chunks, doub
 
 /// Completes the norm. A call: inlined, it takes registers from the loop before it.
 __device__ __noinline__ void finalize_float64(const NormOutput& out, double p) {
-  const double norm =
-      norm_of_partials(reinterpret_cast<const ScaledSum*>(out.partials), out.chunks, p);
+  const auto* partials = reinterpret_cast<const ScaledSum*>(out.partials);
+  const double norm = norm_of_partials(out.chunks + out.float32_chunks, p, [&](int64_t i) {
+    return i < out.chunks ? load_partial(partials + i)
+                          : scaled(__ldcg(out.float32_partials + (i - out.chunks)), p);
+  });
   if (threadIdx.x == 0) write_norm(out, norm);
 }
 
 /// Contract: as norm_kernel, for tables of any dtype; out.partials holds one ScaledSum per chunk.
+/// May follow norm_kernel's launches for the list's other tensors, and then finalizes these, too.
 template <typename Table>
 __global__ __launch_bounds__(kThreads,
                              4) void norm_float64_kernel(const __grid_constant__ Table table,

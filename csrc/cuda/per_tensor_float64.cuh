@@ -31,7 +31,8 @@ __device__ __noinline__ void finalize_tensors_float64(const Table& table, const 
     if (count == 1) continue;
     const auto* partials =
         static_cast<const StatisticsPartial*>(out.partials) + table.first_chunk + begin;
-    const double norm = norm_of_partials(partials, count, p);
+    const double norm =
+        norm_of_partials(count, p, [&](int64_t i) { return load_partial(partials + i); });
     if (threadIdx.x < kWarp) {
       StatisticsPartial total = {};
       add_all(total, partials, count, threadIdx.x);
@@ -78,7 +79,8 @@ __global__ __launch_bounds__(kThreads, kTensorsFloat64Blocks) void tensors_float
   if (!is_last_block(out.arrivals)) return;
   finalize_tensors_float64(table, out, p);
   if (!out.has_total()) return;
-  const double norm = norm_of_partials(partials, out.chunks, p);
+  const double norm =
+      norm_of_partials(out.chunks, p, [&](int64_t i) { return load_partial(partials + i); });
   if (threadIdx.x == 0) *out.statistics = norm;
 }
 

@@ -176,6 +176,18 @@ def test_the_bits_do_not_depend_on_the_table() -> None:
             assert_same_bits(other, norms[0])
 
 
+@pytest.mark.parametrize("count", [6, 700, 2900])
+def test_float64_among_others(name: str, count: int) -> None:
+    """One or several launches of each class of dtypes; a norm follows another without anything between."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    grads = [torch.randn(1 + i % 97, device=GPU).to(dtypes[i % 3]) for i in range(count)]
+    for p in (1.0, 2.0, 3.0, math.inf):
+        norms = [norm_of(name, grads, p) for _ in range(3)]
+        oracle.assert_norm(norms[0], grads, p)
+        assert_same_bits(norms[1], norms[0])
+        assert_same_bits(norms[2], norms[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_more_than_two_to_the_31_elements(name: str, dtype: torch.dtype) -> None:
     numel = 2**31 + 4099

@@ -65,20 +65,34 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
   out.clip_coef = static_cast<char*>(results) + (is_float64 ? 8 : 4);
   out.is_float64 = is_float64 != 0;
   out.limits = make_limits(max_norm, limit, limit_is_float64, 0, zero_if_nonfinite);
-  const bool in_float32 =
-      !is_float64 && (norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type));
-  for_each_launch(list, blocks, first_block, [&](const auto& table, bool is_last) {
-    NormOutput launch_out = out;
+  const bool has_float32_kernel = norm_type == 1.0 || norm_type == 2.0 || std::isinf(norm_type);
+  const bool is_split = has_float32_kernel && list.holds(DType::kFloat64);
+  const TensorList float32s = is_split ? list.only(false) : list;
+  const TensorList float64s = is_split ? list.only(true) : list;
+  NormOutput launch_out = out;
+  if (is_split) {
+    launch_out.partials += 2 * float64s.chunks();
+    out.chunks = float64s.chunks();
+    out.float32_partials = launch_out.partials;
+    out.float32_chunks = float32s.chunks();
+  }
+  if (has_float32_kernel) {
+    for_each_launch(float32s, blocks, first_block, [&](const auto& table, bool is_last) {
+      launch_out.arrivals = is_last && !is_split ? arrivals : nullptr;
+      if (norm_type == 2.0) {
+        norm_kernel<L2>(table, launch_out);
+      } else if (norm_type == 1.0) {
+        norm_kernel<L1>(table, launch_out);
+      } else {
+        norm_kernel<LInf>(table, launch_out);
+      }
+    });
+  }
+  if (has_float32_kernel && !is_split) return;
+  for_each_launch(float64s, blocks, first_block, [&](const auto& table, bool is_last) {
+    launch_out = out;
     launch_out.arrivals = is_last ? arrivals : nullptr;
-    if (!in_float32) {
-      norm_float64_kernel(table, launch_out, norm_type);
-    } else if (norm_type == 2.0) {
-      norm_kernel<L2>(table, launch_out);
-    } else if (norm_type == 1.0) {
-      norm_kernel<L1>(table, launch_out);
-    } else {
-      norm_kernel<LInf>(table, launch_out);
-    }
+    norm_float64_kernel(table, launch_out, norm_type);
   });
 }
 

@@ -25,6 +25,7 @@ SKIPPED = {
     "test_same_bits_as_torch[triton-cuda-bfloat16]": "the interpreter truncates float32 to bfloat16",
     "agrees_with_the_other": "the interpreter truncates float32 to bfloat16",
     "test_vectors_scale_each_as_alone[triton-cuda-bfloat16]": "as above, and foreach beside it does not",
+    "among_others[triton-700]": "minutes",
     "holds[triton-2329]": "minutes",
     "holds[triton-2330]": "minutes",
     "holds[triton-10000]": "an hour",

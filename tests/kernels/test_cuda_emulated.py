@@ -135,8 +135,9 @@ def test_norm(kernels, dtypes, p):
 
 
 @pytest.mark.parametrize("p", [2.0, 3.0])
-def test_the_bits_do_not_depend_on_the_grid_or_on_which_block_is_last(kernels, p):
-    tensors = gradients(HALVES, sizes=[70000, 5, 64, 33000, 1, 20000])
+@pytest.mark.parametrize("dtypes", [HALVES, tuple(DTYPES)], ids=str)
+def test_the_bits_do_not_depend_on_the_grid_or_on_which_block_is_last(kernels, dtypes, p):
+    tensors = gradients(dtypes, sizes=[70000, 5, 64, 33000, 1, 20000])
     first = norm(kernels, tensors, p, blocks=1)
     assert norm(kernels, tensors, p, blocks=4, first_block=2) == first
     assert norm(kernels, tensors, p, blocks=7, first_block=6) == first
@@ -153,6 +154,31 @@ def test_the_bits_do_not_depend_on_alignment(kernels, dtype):
 def test_more_tensors_than_a_launch_holds(kernels):
     tensors = [torch.randn(1 + i % 70) for i in range(100)]  # 16 a launch in the emulator
     assert norm(kernels, tensors)[0] == pytest.approx(reference.total_norm(tensors), rel=NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtypes", [HALVES, (torch.float64,)], ids=str)
+def test_zeros_of_the_other_class_change_no_bit(kernels, dtypes, p):
+    """A list's float64 tensors and its others have kernels of their own, and are finalized together."""
+    tensors = [t.to(dtypes[i % len(dtypes)]) for i, t in enumerate(torch.randn(40, 1700))]
+    zeros = torch.zeros(70000, dtype=torch.float64 if dtypes == HALVES else torch.float32)
+    alone = norm(kernels, tensors, p)[0]
+    together = norm(kernels, [*tensors[:9], zeros, *tensors[9:], zeros], p)[0]
+    # Beside a float64 tensor, the result is not rounded to float32.
+    assert (torch.tensor(together).float().item() if dtypes == HALVES else together) == alone
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("size", [1e200, 1e30, 1.0, 1e-30, 1e-200])
+@pytest.mark.parametrize("other", [3e38, 1.0, 1e-25, 1e-44, 0.0, math.inf, math.nan])
+def test_float64_beside_float32_of_any_size(kernels, p, size, other):
+    tensors = [torch.rand(5000), torch.rand(5000, dtype=torch.float64) * size, torch.rand(70000)]
+    tensors[0] *= other
+    tensors[2] *= other
+    total, coef = norm(kernels, tensors, p, max_norm=0.5)
+    expected = reference.total_norm(tensors, p)
+    assert total == pytest.approx(expected, rel=NORM_TOLERANCE, nan_ok=True)
+    assert coef == pytest.approx(reference.clip_coef(0.5, total), rel=1e-15, nan_ok=True)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
