@@ -1,19 +1,16 @@
-"""``python -m benchmarks.gpu_design``: seven measurements of a GPU that decide how the CUDA kernels work.
+"""``python -m benchmarks.gpu_design``: eight measurements of a GPU that decide how the CUDA kernels work.
 
-The first five run kernels of their own (gpu_probes.cu, built with nvcc on first use), because they vary
-parameters that are constants in the package; the last two run the package. Every figure is printed beside the
+Most run gpu_probes.cu, built with nvcc on first use: the package's kernels and simpler ones, with parameters
+that are constants in the package. 2, 6 and 7 run torch and the package. Every figure is printed beside the
 prediction that was made before any measurement; where they differ, the design has to be explained or changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,18 +24,27 @@ from torch import Tensor
 from benchmarks import contenders, machine, measure
 from benchmarks.cases import CASES, Workload
 from benchmarks.contenders import BASELINE, LOOP
+from benchmarks.gpu_probes import (
+    LARGE,
+    MAX_BLOCKS,
+    OUT,
+    SMALL,
+    TABLES,
+    TILE,
+    USUAL_BLOCKS,
+    Listed,
+    Probes,
+    alone,
+    build,
+)
 from benchmarks.machine import Call
 from benchmarks.operations import OPERATIONS
 from benchmarks.plan import command_line
 
-OUT = Path(__file__).parent / "out"
-_SOURCE = Path(__file__).with_name("gpu_probes.cu")
 _MB, _GIB = 10**6, 1 << 30
-_TILE = 1 << 16  # gpu_probes.cu needs buffers of a multiple of this size
-_LOADS, _BLOCKS_PER_SM = (2, 4, 8, 16), (1, 2, 4, 8)
+_LOADS, _BLOCKS_PER_SM = (2, 4, 8, 16), (1, 2, 4, 8, MAX_BLOCKS)
 _REPEATS = 15
-# As many loads in flight as in csrc/cuda, and as many blocks as are resident there.
-_USUAL_LOADS, _USUAL_BLOCKS = 8, 4
+_NOTHING_EXCEEDS = 1e30
 
 _EXAMPLES = """examples:
   python -m benchmarks.gpu_design
@@ -52,7 +58,7 @@ class Finding:
     """One figure.
 
     Args:
-        measurement: its number, 1 to 7.
+        measurement: its number, 1 to 8.
         what: what was measured.
         value: None if it could not be; then ``unit`` says why.
         unit: of the value.
@@ -66,78 +72,6 @@ class Finding:
     unit: str
     predicted: str = ""
     shown: bool = True
-
-
-class Probes:
-    """The compiled probes, called on torch tensors and the current stream.
-
-    Args:
-        device: where the tensors live.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._library = ctypes.CDLL(str(build()))
-        properties = torch.cuda.get_device_properties(device)
-        self.processors = int(properties.multi_processor_count)
-        self._sums = torch.empty(256 * max(_BLOCKS_PER_SM) * self.processors, device=device)
-        self._out = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def read(self, x: Tensor, loads: int = _USUAL_LOADS, blocks: int = _USUAL_BLOCKS) -> None:
-        """Sum the squares of a float32 buffer."""
-        self._call("probe_read", x, _size(x), loads, blocks * self.processors, self._sums)
-
-    def update(
-        self,
-        x: Tensor,
-        coef: Tensor,
-        loads: int = _USUAL_LOADS,
-        blocks: int = _USUAL_BLOCKS,
-        *,
-        reverse: bool = False,
-        dependent: bool = False,
-    ) -> None:
-        """Multiply by a device coefficient, unless that is 1: then return at once."""
-        grid = blocks * self.processors
-        self._call("probe_update", x, _size(x), loads, grid, coef, int(reverse), int(dependent))
-
-    def read_then_update(
-        self, x: Tensor, coef: Tensor, *, reverse: bool = False, dependent: bool = False
-    ) -> None:
-        """What clipping by norm does to memory."""
-        self.read(x)
-        self.update(x, coef, reverse=reverse, dependent=dependent)
-
-    def parameters(self, *, large: bool) -> None:
-        """Launch one block with 32 KB of parameters, or with 4."""
-        self._call("probe_parameters", int(large), self._out)
-
-    def _call(self, name: str, *arguments: Tensor | ctypes.c_int64 | int) -> None:
-        converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = getattr(self._library, name)(*converted, stream)
-        if error:
-            raise RuntimeError(f"{name} failed with CUDA error {error}")
-
-
-def build() -> Path:
-    """Compile the probes unless that is done, and return the library.
-
-    Raises:
-        FileNotFoundError: there is no nvcc.
-        subprocess.CalledProcessError: it did not compile.
-    """
-    library = OUT / "gpu_probes.so"
-    if library.exists() and library.stat().st_mtime >= _SOURCE.stat().st_mtime:
-        return library
-    if shutil.which("nvcc") is None:
-        raise FileNotFoundError(
-            f"nvcc is not on PATH: install the CUDA toolkit, or copy a compiled {library.name} to {OUT}"
-        )
-    OUT.mkdir(exist_ok=True)
-    target = "-arch=native" if torch.cuda.is_available() else "-arch=sm_90"
-    options = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", target]
-    subprocess.run(["nvcc", *options, "-o", str(library), str(_SOURCE)], check=True)
-    return library
 
 
 class Bench:
@@ -163,7 +97,7 @@ class Bench:
 
     def buffer(self, size: int) -> Tensor:
         """Return float32 ones of about that many bytes."""
-        return torch.ones(max(1, size // _TILE) * _TILE // 4, device=self.device)
+        return torch.ones(max(1, size // TILE) * TILE // 4, device=self.device)
 
 
 def bandwidth(bench: Bench) -> Iterator[Finding]:
@@ -202,13 +136,26 @@ def foreach_norm(bench: Bench) -> Iterator[Finding]:
 def early_exit(bench: Bench) -> Iterator[Finding]:
     """3: what a scale kernel that finds nothing to do adds to the norm kernel before it."""
     probes = Probes(bench.device)
-    one = torch.ones(1, device=bench.device)
-    for size, name in ((_MB, "1 MB"), (64 * _MB, "64 MB"), (_GIB, "1 GiB")):
-        x = bench.buffer(size)
-        alone = bench.us(partial(probes.read, x))
-        for dependent, how in ((False, "plain launch"), (True, "dependent launch")):
-            both = bench.us(partial(probes.read_then_update, x, one, dependent=dependent))
-            yield Finding(3, f"early exit after reading {name}, {how}", both - alone, "us")
+    many = Listed(bench.buffer(LARGE * 256 + TILE), LARGE, 64, 64)
+    lists = [
+        ("1 MB", alone(bench.buffer(_MB)), SMALL),
+        ("64 MB", alone(bench.buffer(64 * _MB)), SMALL),
+        ("1 GiB", alone(bench.buffer(_GIB)), SMALL),
+        (f"{LARGE:,} tensors", many, LARGE),
+        (f"{LARGE:,} chunks", alone(bench.buffer(LARGE * TILE)), LARGE),  # the same grid, and no search
+    ]
+    for dependent, how in ((False, "plain launch"), (True, "dependent launch")):
+        found = {}
+        for name, listed, table in lists:
+            norm = bench.us(partial(probes.run, "norm", listed, max_norm=_NOTHING_EXCEEDS, table=table))
+            both = bench.us(
+                partial(probes.clip, listed, max_norm=_NOTHING_EXCEEDS, table=table, dependent=dependent)
+            )
+            found[name] = both - norm
+            yield Finding(3, f"early exit after the norm of {name}, {how}", both - norm, "us")
+        search = found[f"{LARGE:,} tensors"] - found[f"{LARGE:,} chunks"]
+        predicted = "about 0, before the wait" if dependent else "1.1 to 1.6"
+        yield Finding(3, f"of it the search among {LARGE:,} tensors, {how}", search, "us", predicted)
 
 
 def carry_over(bench: Bench) -> Iterator[Finding]:
@@ -227,13 +174,13 @@ def carry_over(bench: Bench) -> Iterator[Finding]:
 
 
 def parameters(bench: Bench) -> Iterator[Finding]:
-    """5: a launch with 4 KB of parameters against one with 32 KB."""
+    """5: launches with 4, 8.5 and 32 KB of parameters."""
     probes = Probes(bench.device)
-    for large, name in ((False, "4 KB"), (True, "32 KB")):
-        call = partial(probes.parameters, large=large)
+    for table, size in TABLES.items():
+        call = partial(probes.parameters, table)
         on_host = statistics.median(machine.host_us(call) for _ in range(10 * _REPEATS))
-        yield Finding(5, f"launch with {name} of parameters, on the GPU", bench.us(call), "us")
-        yield Finding(5, f"launch with {name} of parameters, on the host, through ctypes", on_host, "us")
+        yield Finding(5, f"launch with {size} of parameters, on the GPU", bench.us(call), "us")
+        yield Finding(5, f"launch with {size} of parameters, on the host, through ctypes", on_host, "us")
 
 
 def host_time(bench: Bench) -> Iterator[Finding]:
@@ -273,6 +220,76 @@ def graph_replay(bench: Bench) -> Iterator[Finding]:
         yield Finding(7, f"{name}, replayed", bench.us(replay), "us", "not above the call")
 
 
+def kernels(bench: Bench) -> Iterator[Finding]:
+    """8: the package's kernels: blocks per multiprocessor, ragged tiles, boundaries between launches."""
+    probes = Probes(bench.device)
+    for size, name in ((_GIB, "1 GiB"), (16 * 10**9, "16 GB")):
+        if size > torch.cuda.mem_get_info(bench.device)[0] - _GIB:
+            yield Finding(8, f"kernels on {name}", None, "not enough memory")
+            continue
+        listed = alone(bench.buffer(size))
+        moved = listed.buffer.numel() * listed.buffer.itemsize
+        for operation, times_moved in (("norm", 1), ("scale", 2), ("clamp", 1)):
+            for blocks in (4, 8, MAX_BLOCKS):
+                predicted = "2 to 4 % over 4 blocks" if size > _GIB and blocks > 4 else ""
+                took = _kernel_us(bench, probes, operation, listed, blocks=blocks)
+                what = f"{operation} {name}, {blocks} blocks/SM"
+                yield Finding(8, what, times_moved * moved / took / 1e6, "TB/s", predicted)
+        del listed
+    yield from _ragged_tiles(bench, probes)
+    yield from _boundaries(bench, probes)
+
+
+def _ragged_tiles(bench: Bench, probes: Probes) -> Iterator[Finding]:
+    """Measure what one element less, and a shift by one, cost tensors of a chunk, two a multiprocessor."""
+    numel, tensors = TILE // 2, 2 * probes.processors
+    x = bench.buffer((tensors + 1) * TILE).view(torch.bfloat16)
+    lists = {
+        "whole": Listed(x, tensors, numel, numel),
+        "ragged": Listed(x, tensors, numel - 1, numel),
+        "misaligned": Listed(x[1:], tensors, numel - 1, numel),
+    }
+    # What reading the last tile by elements took.
+    predictions = {"norm": "below 5 to 8", "scale": "below 6 to 11"}
+    for operation, predicted in predictions.items():
+        took = {name: _kernel_us(bench, probes, operation, listed) for name, listed in lists.items()}
+        for name, guess in (("ragged", predicted), ("misaligned", "")):
+            yield Finding(
+                8, f"{operation}, {name} tensors less whole", took[name] - took["whole"], "us", guess
+            )
+
+
+def _boundaries(bench: Bench, probes: Probes) -> Iterator[Finding]:
+    """Measure what one more launch costs a list of tiny tensors."""
+    launches = LARGE // SMALL
+    tensors = launches * SMALL
+    listed = Listed(bench.buffer(tensors * 256 + TILE), tensors, 64, 64)
+    for operation, dependent in product(("norm", "scale", "clamp"), (False, True)):
+        one, many = (
+            _kernel_us(bench, probes, operation, listed, table=table, dependent=dependent)
+            for table in (LARGE, SMALL)
+        )
+        how, predicted = ("dependent", "below a plain one") if dependent else ("plain", "about 4")
+        what = f"{operation}, boundary between {how} launches"
+        yield Finding(8, what, (many - one) / (launches - 1), "us", predicted)
+
+
+def _kernel_us(
+    bench: Bench,
+    probes: Probes,
+    operation: str,
+    listed: Listed,
+    *,
+    table: int = LARGE,
+    blocks: int = USUAL_BLOCKS,
+    dependent: bool = True,
+) -> float:
+    """Return the time of one of the package's kernels; scaling multiplies, and clamping changes nothing."""
+    probes.results.fill_(0.999)
+    given = partial(probes.run, operation, listed, max_norm=_NOTHING_EXCEEDS, table=table)
+    return bench.us(partial(given, blocks=blocks, dependent=dependent))
+
+
 def _captured(call: Callable[[], Tensor]) -> tuple[Call, Tensor]:
     """Return what replays the call, and the tensor its result appears in."""
     side = torch.cuda.Stream()
@@ -287,7 +304,8 @@ def _captured(call: Callable[[], Tensor]) -> tuple[Call, Tensor]:
 
 
 MEASUREMENTS: dict[int, Callable[[Bench], Iterator[Finding]]] = {
-    1: bandwidth, 2: foreach_norm, 3: early_exit, 4: carry_over, 5: parameters, 6: host_time, 7: graph_replay
+    1: bandwidth, 2: foreach_norm, 3: early_exit, 4: carry_over, 5: parameters, 6: host_time, 7: graph_replay,
+    8: kernels,
 }  # fmt: skip
 
 
@@ -352,10 +370,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: benchmarks/out/design-<device>-torch<version>.json",
     )
     return parser.parse_args(argv)
-
-
-def _size(x: Tensor) -> ctypes.c_int64:
-    return ctypes.c_int64(x.numel() * x.itemsize)
 
 
 if __name__ == "__main__":

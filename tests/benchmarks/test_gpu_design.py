@@ -11,7 +11,7 @@ import torch
 from toolkit import find_toolkit
 from torch import Tensor
 
-from benchmarks import gpu_design, machine
+from benchmarks import gpu_design, gpu_probes, machine
 from benchmarks.cases import Case
 from benchmarks.gpu_design import MEASUREMENTS, Bench, Finding
 from benchmarks.machine import Call
@@ -30,15 +30,15 @@ class FakeBench(Bench):
         return 1.0
 
     def buffer(self, size: int) -> Tensor:
-        return torch.empty(1 << 14)
+        return torch.empty(max(1, min(size, 1 << 22) // gpu_probes.TILE) * gpu_probes.TILE // 4)
 
 
-class FakeProbes(gpu_design.Probes):
+class FakeProbes(gpu_probes.Probes):
     """Launches nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self.processors = 4
-        self._sums = self._out = torch.empty(1)
+        self.processors, self.can_depend = 4, True
+        self._sums = self._out = self._scratch = self.results = torch.empty(1)
 
     def _call(self, name: str, *arguments: Any) -> None:
         pass
@@ -51,11 +51,11 @@ def findings(number: int, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
     return list(MEASUREMENTS[number](FakeBench()))
 
 
-@pytest.mark.parametrize("number", [1, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 8])
 def test_measurements_with_probes(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = findings(number, monkeypatch)
     assert {f.measurement for f in found} == {number}
-    assert [f.unit for f in found if f.value is None] == (["not enough memory"] if number == 1 else [])
+    assert [f.unit for f in found if f.value is None] == (["not enough memory"] if number in (1, 8) else [])
     assert max(map(len, gpu_design.table(found))) <= 110
 
 
@@ -104,14 +104,21 @@ def test_probes_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if toolkit is None:
         pytest.skip("there is no CUDA toolkit")
     monkeypatch.setenv("PATH", f"{toolkit / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(gpu_design, "OUT", tmp_path)
-    library = ctypes.CDLL(str(gpu_design.build()))
-    assert all(hasattr(library, name) for name in ("probe_read", "probe_update", "probe_parameters"))
-    assert gpu_design.build() == tmp_path / "gpu_probes.so"
+    monkeypatch.setattr(gpu_probes, "OUT", tmp_path)
+    library = ctypes.CDLL(str(gpu_probes.build()))
+    names = ("probe_read", "probe_update", "probe_list", "probe_parameters")
+    assert all(hasattr(library, name) for name in names)
+    # A list without tensors launches nothing; 1 is cudaErrorInvalidValue.
+    empty = [ctypes.c_int64(0)] * 3
+    for table, error in [(281, 0), (282, 1), *((table, 0) for table in gpu_probes.TABLES)]:
+        assert (
+            library.probe_list(0, None, *empty, 0, table, ctypes.c_double(1), 1, 0, None, None, None) == error
+        )
+    assert gpu_probes.build() == tmp_path / "gpu_probes.so"
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_design, "OUT", tmp_path)
+    monkeypatch.setattr(gpu_probes, "OUT", tmp_path)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="nvcc is not on PATH"):
-        gpu_design.build()
+        gpu_probes.build()
