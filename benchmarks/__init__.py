@@ -8,5 +8,6 @@ plan.py (the options) and __main__.py (a run).
 
 train.py trains the model of gpt.py once with each implementation, side by side, and survival.py trains it
 with bad steps. distributed.py clips DTensors on gloo ranks, distributed_results.py has what it found.
-gpu_design.py measures the properties of a GPU that the design of the CUDA kernels depends on.
+gpu_design.py, with the kernels of gpu_probes.py, measures the properties of a GPU that the design of the CUDA
+kernels depends on. second_pass.py has what these were predicted to take beside what was measured.
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from textwrap import wrap
 
-from benchmarks import distributed_results, plot, survival
+from benchmarks import distributed_results, plot, second_pass, survival
 from benchmarks.contenders import BASELINE, is_ours
 from benchmarks.operations import ADAPTIVE, BEYOND_TORCH, PER_TENSOR, STATS, STEP
 from benchmarks.results import Record, Results, Training, host_costs, is_training, training_file_name
@@ -209,6 +209,7 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
         if survivors.exists():
             parts += [f"### [Training with bad steps]({survivors.name})", ""]
             parts += [f"![training with bad steps]({survivors.stem}.png)", ""]
+    parts += second_pass.section(folder)
     return _text(parts)
 
 

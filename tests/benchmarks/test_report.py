@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plot, report
+from benchmarks import plot, report, second_pass
 from benchmarks.operations import STATS
 from benchmarks.results import HostTime, Record, Results, Skipped
 
@@ -134,6 +134,16 @@ def test_the_index_says_what_is_in_the_file(results: Results) -> None:
     assert "takes the host 15 µs for 300 one-element tensors\nand 0.05 µs for each further one" in text
     assert "`deepspeed` 0.18: slow." in text
     assert "Not measured: llama-3-8b in float32: it needs 64.1 GB." in text
+
+
+def test_predictions_are_told_from_measurements(tmp_path: Path) -> None:
+    text = "\n".join(second_pass.section(report.FOLDER))
+    head = "| measured before | measured after | predicted after, H200 | predicted after, H100 |"
+    assert f"| nothing to clip {head}" in text and f"| clipping {head}" in text
+    assert "| gpt2-124m, float32 | 132.2 | 132.4 | 123 | 170 |" in text
+    assert "| resnet-50, float32 | 91.0 | 87.5 | not predicted | not predicted |" in text
+    assert "measured nowhere" in text
+    assert list(second_pass.section(tmp_path)) == []
 
 
 def test_what_torch_has_no_function_for_gets_a_table_of_its_own(results: Results, tmp_path: Path) -> None:
