@@ -173,7 +173,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
         assert said in (reason(triton=ModuleNotFoundError("no " + missing, name=missing)) or "")
     assert "OSError: libcuda" in (reason(triton=OSError("libcuda")) or "")
     assert "2.1.0 is too old: 3.2" in (reason(triton=triton("2.1.0")) or "")
-    others = dict.fromkeys(("finalize_kernels", "segment_kernels", "adaptive_kernels"), kernels)
+    others = dict.fromkeys(
+        ("finalize_kernels", "update_kernels", "segment_kernels", "adaptive_kernels"), kernels
+    )
     there = {"triton": triton("3.10.0+git1"), "kernels": kernels, **others}
     if not on:
         assert "cannot read GPU memory" in (reason(**there) or "")

@@ -203,7 +203,7 @@ def test_bounds_keep_the_sign_of_zero(log: list, install: Install) -> None:
 
 
 def test_launchers_are_given_constants_from_some_version_on(log: list, install: Install) -> None:
-    for takes, more in ((True, 6), (False, 0)):
+    for takes, more in ((True, 5), (False, 0)):
         install()._launcher._takes_constants = takes
         memory._workspaces.clear()
         scale_([parameter(torch.ones(3))])

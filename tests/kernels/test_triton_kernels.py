@@ -1,15 +1,14 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter; test_triton_interpreted.py runs this file.
 
 What every backend must do is in the shared suite, which runs there, too. Here is what only these
-kernels can get wrong: tiles, chunks, programs, alignment, and what they store.
+kernels can get wrong: tiles, chunks, programs and alignment. What they load and store is in
+test_triton_accesses.py.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -166,6 +165,29 @@ def test_same_bits_at_any_alignment(dtype: torch.dtype) -> None:
         assert same(scaled, values * 0.25) and same(clamped, values.clamp(-0.5, 0.5)), offset
 
 
+@over_dtypes
+def test_ends_of_vectors_in_the_last_tile(dtype: torch.dtype) -> None:
+    """Sizes that end in a vector or after it, in the first row of a tile, a later one or the next tile."""
+    vec = 16 // dtype.itemsize
+    row, tile = 128 * vec, 8 * 128 * vec  # of sums; a tile in place is half as long
+    for vectors in (0, vec, row, 3 * row + vec, tile // 2, tile - vec, tile + 5 * row):
+        for size in (vectors + 1, vectors + vec - 1, vectors + vec):
+            values = torch.randn(size).to(dtype)
+            values[-1] = 3.0  # what only the last element tells
+            assert norm_of([values], math.inf) == values.abs().max()
+            norm = assert_norm([at_offset(values, 0)], 2.0)
+            for offset in (0, 1, vec - 1):
+                assert same(norm_of([at_offset(values, offset)], 2.0), norm), (size, offset)
+                # Beside the tensor is what must not change.
+                buffer = at_offset(torch.full((size + 2 * vec,), 9.0, dtype=dtype), offset)
+                grad = buffer[vec:-vec].copy_(values)
+                scale_([grad], torch.tensor(0.25))
+                assert same(grad, values * 0.25), (size, offset)
+                clamp_([grad], -0.2, 0.3)
+                assert same(grad, (values * 0.25).clamp(-0.2, 0.3)), (size, offset)
+                assert (buffer[:vec] == 9.0).all() and (buffer[-vec:] == 9.0).all(), (size, offset)
+
+
 def test_same_bits_for_any_number_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 2, 5, 64):
@@ -300,53 +322,6 @@ def test_range(dtype: torch.dtype, scales: tuple, p: float) -> None:
 @over_orders
 def test_zeros_alone(p: float) -> None:
     assert norm_of([torch.zeros(20_000), torch.zeros(3).bfloat16()], p).item() == 0.0
-
-
-# ---------------------------------------------------------------- what is stored
-
-
-@pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Record the number of elements of every store."""
-    from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415  (Triton may be absent)
-
-    counts: list[int] = []
-    store = InterpreterBuilder.create_masked_store
-
-    def counted(self, ptrs, value, mask, *rest):  # type: ignore[no-untyped-def]
-        counts.append(int(mask.data.sum()))
-        return store(self, ptrs, value, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted)
-    yield counts
-
-
-@pytest.mark.parametrize("coef", [1.0, 1.5, math.inf])
-def test_scale_stores_nothing_where_nothing_is_clipped(stored: list[int], coef: float) -> None:
-    grads = borders(torch.float32)
-    before = clones(grads)
-    scale_(grads, torch.tensor(coef))
-    assert stored == [] and all(same(a, b) for a, b in zip(grads, before))
-
-
-def test_read_only_memory_is_left_alone() -> None:
-    """Pages that cannot be written: a store of unchanged values would kill the process."""
-    with pytest.warns(UserWarning, match="not writable"):
-        grad = torch.frombuffer(mmap.mmap(-1, 4 * 20_000, prot=mmap.PROT_READ), dtype=torch.float32)
-    scale_([grad], torch.tensor(1.0))
-    clamp_([grad], -1.0, 1.0)
-
-
-@over_dtypes
-def test_clamp_stores_only_what_changes(stored: list[int], dtype: torch.dtype) -> None:
-    vec = 16 // dtype.itemsize
-    grad = at_offset(torch.zeros(chunk_numel(dtype) + 10, dtype=dtype), 0)
-    grad[[3, 5 * vec, -1]] = 2.0
-    clamp_([grad], -1.0, 1.0)
-    assert sum(stored) == 2 * vec + 1, "two vectors of whole tiles, one element of the rest"
-    stored.clear()
-    clamp_([grad], -1.0, 1.0)
-    assert sum(stored) == 0
 
 
 def test_partial_overlap_is_scaled_in_list_order() -> None:

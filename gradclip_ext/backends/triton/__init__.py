@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _OLDEST_CAPABILITY = (7, 0)
 
-# Vectors that a lane has in flight. With 8, norm_kernel takes 100 registers for half types, so that 4
+# Vectors that a lane has in flight. With 8, the kernels that sum take at most 128 registers, so that 4
 # programs fit on an SM of an H100. They have 64 KiB in flight; its memory latency needs about 40. The
 # kernels that also write take half as many registers and reach the same with 4 vectors.
 _NORM_VECS = 8

@@ -20,12 +20,12 @@ from gradclip_ext.backends.triton.kernels import (
     INF,
     MIN_SUM_FLOAT32,
     MIN_SUM_FLOAT64,
-    _chunk_range,
+    _chunks_forwards,
     _float64,
+    _next_tensor,
     _power,
-    _product,
-    _tensor_of,
 )
+from gradclip_ext.backends.triton.update_kernels import _product
 
 
 @triton.jit
@@ -160,12 +160,10 @@ def adaptive_kernel(
     A unit is scaled while it is in L1 or L2. Units that are not clipped are not written.
     """
     p = _float64(p_bits)
-    begin, end = _chunk_range(table_ptr, first, last)
-    tensor = _tensor_of(table_ptr, begin, first, last)
+    begin, end, tensor = _chunks_forwards(table_ptr, first, last)
     least = tl.full((), 1e-6, tl.float64)
     for run in range(begin, end):
-        if run >= tl.load(table_ptr + 3 * tensor + 5):
-            tensor += 1
+        tensor = _next_tensor(table_ptr, tensor, run)
         row_ptr = table_ptr + 3 * tensor
         length = tl.load(weights_ptr + 3 * tensor + 1).to(tl.int32)
         per_run = tl.load(weights_ptr + 3 * tensor + 2)

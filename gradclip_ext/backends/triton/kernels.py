@@ -1,10 +1,10 @@
-"""The Triton kernels. They find the tensors through a table. Imported when the backend is first used.
+"""The Triton kernel for norms, and what all kernels share. Imported when the backend is first used.
 
-A table holds three int64 per tensor: its address, its number of elements and the index of its first chunk.
-One more row ends the table. A chunk is ``CHUNK`` elements of one tensor, or the rest of it, and is read in
-tiles of ``ROWS * COLS`` elements. The lane that holds an element, and the order in which elements are added,
-depend on sizes alone: results have the same bits at any address and for any grid. Half types are computed in
-float32, float64 in float64; ``FLOAT`` is that dtype.
+The kernels find the tensors through a table. It holds three int64 per tensor: its address, its number of
+elements and the index of its first chunk. One more row ends the table. A chunk is ``CHUNK`` elements of one
+tensor, or the rest of it, and is read in tiles of ``ROWS * COLS`` elements. The lane that holds an element,
+and the order in which elements are added, depend on sizes alone: results have the same bits at any address
+and for any grid. Half types are computed in float32, float64 in float64; ``FLOAT`` is that dtype.
 
 A partial is two float64 per chunk, ``scale`` and ``total``: the chunk's sum of |x|^p is ``total * scale^p``.
 ``scale`` is 1 if that sum is in range, else the chunk's largest magnitude, so that ``total`` is always in
@@ -61,6 +61,39 @@ def _tensor_of(table_ptr, chunk, first, last):
 
 
 @triton.jit
+def _chunks_forwards(table_ptr, first, last):
+    """Return the chunks [begin, end) of this program and the tensor that holds the first of them."""
+    begin, end = _chunk_range(table_ptr, first, last)
+    return begin, end, _tensor_of(table_ptr, begin, first, last)
+
+
+@triton.jit
+def _next_tensor(table_ptr, tensor, chunk):
+    """Return the tensor that holds a chunk, where ``tensor`` holds the chunk before or this one."""
+    if chunk >= tl.load(table_ptr + 3 * tensor + 5):  # one step is enough: every tensor has a chunk
+        tensor += 1
+    return tensor
+
+
+@triton.jit
+def _chunks_backwards(table_ptr, first, last):
+    """Return the chunks [begin, end) of this program and the tensor that holds the last of them.
+
+    What writes walks backwards, because the chunks that norm_kernel read last are still in L2.
+    """
+    begin, end = _chunk_range(table_ptr, first, last)
+    return begin, end, _tensor_of(table_ptr, end - 1, first, last)
+
+
+@triton.jit
+def _previous_tensor(table_ptr, tensor, chunk):
+    """Return the tensor that holds a chunk, where ``tensor`` holds the chunk after or this one."""
+    if chunk < tl.load(table_ptr + 3 * tensor + 2):
+        tensor -= 1
+    return tensor
+
+
+@triton.jit
 def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr, CHUNK_BYTES: tl.constexpr):
     """Return the address of a chunk of ``tensor`` and its number of elements."""
     row_ptr = table_ptr + 3 * tensor
@@ -74,31 +107,41 @@ def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr, CHUNK_BYTES: tl.conste
 
 
 @triton.jit
-def _vector_ptrs(address, start, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return pointers to a tile [ROWS, COLS] in aligned memory, which is accessed 16 bytes at a time."""
-    # Triton does not know the alignment of an address from a table, and only uses a hint after the cast.
-    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-    return x_ptr + start + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+def _offsets(start, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the indices of a tile [ROWS, COLS] that begins at ``start``."""
+    return start + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
 
 
 @triton.jit
-def _element_ptrs(address, start, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return pointers to BLOCK single elements from ``start`` on, and a mask of those before ``length``."""
-    offsets = start + tl.arange(0, BLOCK)
-    return address.to(tl.pointer_type(DTYPE)) + offsets, offsets < length
+def _aligned_ptr(address, DTYPE: tl.constexpr):
+    """Return a pointer to aligned memory, which is accessed 16 bytes at a time."""
+    # Triton does not know the alignment of an address from a table, and only uses a hint after the cast.
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
 def _load_tile(address, start, length, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return elements from ``start`` on as [ROWS, COLS], with zeros from ``length`` on.
 
-    The branch holds only the load. The same code computes on the result of either load, so that a sum has
-    the same bits at any alignment.
+    The branches hold only loads. The same code computes on the result of any of them, so that a sum has the
+    same bits at any alignment.
     """
+    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    whole = length // VEC * VEC
+    x_ptr = _aligned_ptr(address, DTYPE)
+    offsets = _offsets(start, ROWS, COLS)
     if (address % 16 == 0) & (start + ROWS * COLS <= length):
-        x = tl.load(_vector_ptrs(address, start, DTYPE, ROWS, COLS))
+        x = tl.load(x_ptr + offsets)
+    elif address % 16 == 0:
+        # The last tile: whole vectors, and single elements of the one that the end cuts, which is in one row.
+        # A mask of rows and one of columns take fewer registers than one of elements.
+        row = (whole - start) // COLS
+        cut = _offsets(start + row * COLS, 1, COLS)
+        last = tl.load(x_ptr + cut, mask=(cut >= whole) & (cut < length), other=0.0)
+        is_cut = (tl.arange(0, ROWS) == row)[:, None] & (cut >= whole)
+        x = tl.load(x_ptr + offsets, mask=offsets < whole, other=0.0)
+        x = tl.where(is_cut, last, x)
     else:
-        offsets = start + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=offsets < length, other=0.0)
     return x
 
@@ -207,140 +250,10 @@ def norm_kernel(
 ):
     """Write one partial for every chunk of the tensors [first, last), which are all of one dtype."""
     p = _float64(p_bits)
-    begin, end = _chunk_range(table_ptr, first, last)
-    tensor = _tensor_of(table_ptr, begin, first, last)
+    begin, end, tensor = _chunks_forwards(table_ptr, first, last)
     for chunk in range(begin, end):
-        if chunk >= tl.load(table_ptr + 3 * tensor + 5):  # one step is enough: every tensor has a chunk
-            tensor += 1
+        tensor = _next_tensor(table_ptr, tensor, chunk)
         address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
         scale, total = _partial(address, length, p, ORDER, DTYPE, ROWS, COLS)
         tl.store(partials_ptr + 2 * chunk, scale)
         tl.store(partials_ptr + 2 * chunk + 1, total)
-
-
-# ---------------------------------------------------------------- scale and clamp
-
-
-@triton.jit
-def _whole_tiles(address, length, TILE: tl.constexpr):
-    """Return how many elements of a chunk are in whole tiles that can be accessed 16 bytes at a time."""
-    whole = length // TILE * TILE
-    return tl.where(address % 16 == 0, whole, 0)
-
-
-@triton.jit
-def _load_ahead(ptrs):
-    """Return a tile whose loads are all in flight before the first store: ptxas would mix them."""
-    x = tl.load(ptrs)
-    tl.debug_barrier()
-    return x
-
-
-@triton.jit
-def _product(x, clip_coef, MAY_ZERO: tl.constexpr):
-    """Return x * clip_coef, computed in float32 (float64 for float64) and rounded once.
-
-    If ``MAY_ZERO``, a negative coefficient is ZERO of norms.py: the result is +0.0, whatever x is.
-    """
-    FLOAT: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
-    product = x.to(FLOAT) * clip_coef.to(FLOAT)
-    if MAY_ZERO:
-        product = tl.where(clip_coef < 0.0, tl.full((), 0.0, FLOAT), product)
-    return product.to(x.dtype)
-
-
-@triton.jit
-def _scale_chunk(
-    address,
-    length,
-    clip_coef,
-    MAY_ZERO: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Multiply a chunk by the coefficient."""
-    whole = _whole_tiles(address, length, ROWS * COLS)
-    for start in range(0, whole, ROWS * COLS):
-        ptrs = _vector_ptrs(address, start, DTYPE, ROWS, COLS)
-        tl.store(ptrs, _product(_load_ahead(ptrs), clip_coef, MAY_ZERO))
-    for start in range(whole, length, BLOCK):
-        ptrs, mask = _element_ptrs(address, start, length, DTYPE, BLOCK)
-        tl.store(ptrs, _product(tl.load(ptrs, mask=mask), clip_coef, MAY_ZERO), mask=mask)
-
-
-@triton.jit(do_not_specialize=["clip_coef_ptr", "first", "last"])
-def scale_kernel(
-    clip_coef_ptr,
-    table_ptr,
-    first,
-    last,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNK_BYTES: tl.constexpr,
-):
-    """Multiply the tensors [first, last) by the coefficient; write nothing if it is 1 or more."""
-    clip_coef = tl.load(clip_coef_ptr)
-    if clip_coef >= 1.0:
-        return
-    begin, end = _chunk_range(table_ptr, first, last)
-    tensor = _tensor_of(table_ptr, end - 1, first, last)
-    # Backwards, because the chunks that norm_kernel read last are still in L2.
-    for step in range(0, end - begin):
-        chunk = end - 1 - step
-        if chunk < tl.load(table_ptr + 3 * tensor + 2):
-            tensor -= 1
-        address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
-        _scale_chunk(address, length, clip_coef, False, DTYPE, ROWS, COLS, BLOCK)
-
-
-@triton.jit
-def _clamped(x, low, high):
-    """Return x clamped to [low, high], and a mask of the elements that change.
-
-    The dtype of x represents both bounds exactly. Elements are compared in the dtype of the bounds but
-    selected in their own, so that NaN keeps its bits.
-    """
-    below = x.to(low.dtype) < low
-    above = x.to(low.dtype) > high
-    return tl.where(below, low.to(x.dtype), tl.where(above, high.to(x.dtype), x)), below | above
-
-
-@triton.jit(do_not_specialize=["min_bits", "max_bits", "first", "last"])
-def clamp_kernel(
-    min_bits: tl.int64,
-    max_bits: tl.int64,
-    table_ptr,
-    first,
-    last,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNK_BYTES: tl.constexpr,
-):
-    """Clamp the tensors [first, last) to bounds that DTYPE represents exactly; store only what changes."""
-    FLOAT: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    low = _float64(min_bits).to(FLOAT)
-    high = _float64(max_bits).to(FLOAT)
-    begin, end = _chunk_range(table_ptr, first, last)
-    tensor = _tensor_of(table_ptr, begin, first, last)
-    for chunk in range(begin, end):
-        if chunk >= tl.load(table_ptr + 3 * tensor + 5):
-            tensor += 1
-        address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
-        whole = _whole_tiles(address, length, ROWS * COLS)
-        for start in range(0, whole, ROWS * COLS):
-            ptrs = _vector_ptrs(address, start, DTYPE, ROWS, COLS)
-            x, changed = _clamped(_load_ahead(ptrs), low, high)
-            # The mask is the same for a whole row of 16 bytes, which is stored or skipped as one.
-            tl.store(ptrs, x, mask=tl.max(changed.to(tl.int32), axis=1, keep_dims=True) > 0)
-        for start in range(whole, length, BLOCK):
-            ptrs, mask = _element_ptrs(address, start, length, DTYPE, BLOCK)
-            x, changed = _clamped(tl.load(ptrs, mask=mask), low, high)
-            tl.store(ptrs, x, mask=mask & changed)

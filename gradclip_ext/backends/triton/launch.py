@@ -20,7 +20,7 @@ _OLDEST_TRITON = (3, 2)  # torch 2.6 comes with it
 # From this version on, a compiled kernel is launched with its constants, too, which it ignores.
 _LAUNCHER_TAKES_CONSTANTS = (3, 3)
 
-_KERNEL_MODULES = ("kernels", "finalize_kernels", "segment_kernels", "adaptive_kernels")
+_KERNEL_MODULES = ("kernels", "finalize_kernels", "update_kernels", "segment_kernels", "adaptive_kernels")
 
 _LANES = 128
 _VEC_BYTES = 16
@@ -179,7 +179,7 @@ def tile_of(rows: int, vec: int) -> dict[str, Any]:
 
 def tile_of_vectors(rows: int, vec: int) -> dict[str, Any]:
     """Return the shape of a tile with rows of 16 bytes, each of which is stored or skipped as one."""
-    return {"ROWS": rows * _LANES, "COLS": vec, "BLOCK": _LANES * vec}
+    return {"ROWS": rows * _LANES, "COLS": vec}
 
 
 @functools.lru_cache

@@ -17,13 +17,15 @@ from gradclip_ext.backends.triton.kernels import (
     MIN_SUM_FLOAT32,
     MIN_SUM_FLOAT64,
     _chunk,
-    _chunk_range,
+    _chunks_backwards,
+    _chunks_forwards,
     _float64,
     _load_tile,
-    _scale_chunk,
+    _next_tensor,
+    _previous_tensor,
     _scaled_sum,
-    _tensor_of,
 )
+from gradclip_ext.backends.triton.update_kernels import _scale_chunk
 
 
 @triton.jit(do_not_specialize=["coefs_ptr", "stride", "positions_ptr", "first", "last"])
@@ -37,7 +39,6 @@ def scale_each_kernel(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNK_BYTES: tl.constexpr,
 ):
@@ -47,17 +48,14 @@ def scale_each_kernel(
     """
     if (stride == 0) & (tl.load(coefs_ptr) >= 1.0):
         return
-    begin, end = _chunk_range(table_ptr, first, last)
-    tensor = _tensor_of(table_ptr, end - 1, first, last)
-    # Backwards, because the chunks that norm_kernel read last are still in L2.
+    begin, end, tensor = _chunks_backwards(table_ptr, first, last)
     for step in range(0, end - begin):
         chunk = end - 1 - step
-        if chunk < tl.load(table_ptr + 3 * tensor + 2):
-            tensor -= 1
+        tensor = _previous_tensor(table_ptr, tensor, chunk)
         clip_coef = tl.load(coefs_ptr + stride * tl.load(positions_ptr + tensor))
         if not (clip_coef >= 1.0):
             address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
-            _scale_chunk(address, length, clip_coef, True, DTYPE, ROWS, COLS, BLOCK)
+            _scale_chunk(address, length, clip_coef, True, DTYPE, ROWS, COLS)
 
 
 # ---------------------------------------------------------------- statistics
@@ -119,11 +117,9 @@ def statistics_kernel(
     """
     MIN_SUM: tl.constexpr = MIN_SUM_FLOAT64 if DTYPE == tl.float64 else MIN_SUM_FLOAT32
     p = _float64(p_bits)
-    begin, end = _chunk_range(table_ptr, first, last)
-    tensor = _tensor_of(table_ptr, begin, first, last)
+    begin, end, tensor = _chunks_forwards(table_ptr, first, last)
     for chunk in range(begin, end):
-        if chunk >= tl.load(table_ptr + 3 * tensor + 5):
-            tensor += 1
+        tensor = _next_tensor(table_ptr, tensor, chunk)
         address, length = _chunk(table_ptr, tensor, chunk, CHUNK, CHUNK_BYTES)
         total, largest, nonzero = _scan(address, length, ORDER, DTYPE, ROWS, COLS)
         scale = largest
