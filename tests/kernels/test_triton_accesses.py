@@ -74,22 +74,6 @@ def test_a_chunk_is_read_again_only_if_its_sum_may_be_wrong(loaded: list[int], d
     assert reads(torch.finfo(dtype).max, 2.0) == (1 if dtype == torch.float16 else 3)
 
 
-@pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Record the number of elements of every store."""
-    from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415  (Triton may be absent)
-
-    counts: list[int] = []
-    store = InterpreterBuilder.create_masked_store
-
-    def counted(self, ptrs, value, mask, *rest):  # type: ignore[no-untyped-def]
-        counts.append(int(mask.data.sum()))
-        return store(self, ptrs, value, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted)
-    yield counts
-
-
 @pytest.mark.parametrize("coef", [1.0, 1.5, math.inf])
 def test_scale_stores_nothing_where_nothing_is_clipped(stored: list[int], coef: float) -> None:
     grads = borders(torch.float32)

@@ -7,7 +7,6 @@ only these kernels can get wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -261,22 +260,6 @@ def test_units_at_any_alignment(dtype: torch.dtype) -> None:
             backend.clip_adaptive_(TensorList([grad]), TensorList([weight]), AdaptiveRule(2.0, 0.1, 1e-3))
             results.append(grad)
         assert all(same(result.contiguous(), results[0].contiguous()) for result in results)
-
-
-@pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Record the number of elements of every store."""
-    from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415  (Triton may be absent)
-
-    counts: list[int] = []
-    store = InterpreterBuilder.create_masked_store
-
-    def counted(self, ptrs, value, mask, *rest):  # type: ignore[no-untyped-def]
-        counts.append(int(mask.data.sum()))
-        return store(self, ptrs, value, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted)
-    yield counts
 
 
 def test_only_clipped_tensors_and_units_are_stored(stored: list[int]) -> None:
