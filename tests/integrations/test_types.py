@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("basedpyright", reason="basedpyright is not installed")
 ROOT = Path(__file__).parents[2]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,13 +32,18 @@ IN_FLIGHT = {
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where Triton keeps what it has compiled: most kernels are looked at by two scripts."""
+    return tmp_path_factory.mktemp("triton_cache")
+
+
+@pytest.fixture(scope="module")
+def compiled(cache: Path) -> dict[str, Any]:
     """What triton_compiled.py found, for sm_90."""
-    return compiled_for("cuda", tmp_path_factory)
+    return compiled_for("cuda", cache)
 
 
-def compiled_for(target: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("triton_cache")
+def compiled_for(target: str, folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(
         run_with_triton(TESTS / "support" / "triton_compiled.py", folder, target, timeout=600)
     )
@@ -79,9 +85,9 @@ def test_memory_is_accessed_16_bytes_at_a_time(compiled: dict[str, Any], dtype: 
         assert accesses.get(f"st.global.{narrow}", 0) == expected, (name, accesses)
 
 
-def test_memory_is_accessed_16_bytes_at_a_time_on_amd(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_memory_is_accessed_16_bytes_at_a_time_on_amd(cache: Path) -> None:
     """ROCm: the kernels compile for gfx942, and access memory in the expected way."""
-    report = compiled_for("hip", tmp_path_factory)
+    report = compiled_for("hip", cache)
     if "missing" in report:
         pytest.skip(report["missing"])
     for name, found in report["kernels"].items():
@@ -141,12 +147,9 @@ def test_one_binary_for_lists_of_any_length_orders_and_bounds(compiled: dict[str
     assert compiled["orders"] == compiled["bounds"] == 1
 
 
-def test_launches_are_triton_s_own_and_take_a_fraction_of_the_time(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_launches_are_triton_s_own_and_take_a_fraction_of_the_time(cache: Path) -> None:
     """A launcher reads as many arguments as its kernel has, however many are passed."""
-    folder = tmp_path_factory.mktemp("triton_cache")
-    found = json.loads(run_with_triton(TESTS / "support" / "triton_launched.py", folder, timeout=600))
+    found = json.loads(run_with_triton(TESTS / "support" / "triton_launched.py", cache, timeout=600))
     names = (*KERNELS, *SEGMENT_KERNELS)
     assert found["same"] == dict.fromkeys(names, True)
     # Reading the list, the norm's rule and three launches: Triton's own way takes 60 us for the launches.

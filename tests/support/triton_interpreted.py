@@ -48,7 +48,7 @@ SKIPPED = {
 }
 HYPOTHESIS_EXAMPLES = 5
 # Of a test of the public functions, so many cases are kept. The kernels' own tests run all dtypes and orders.
-CASES = 8
+CASES = 6
 
 
 def pytest_configure() -> None:
