@@ -27,7 +27,6 @@ from benchmarks.contenders import BASELINE, LOOP
 from benchmarks.gpu_probes import (
     LARGE,
     MAX_BLOCKS,
-    OUT,
     SMALL,
     TABLES,
     TILE,
@@ -39,7 +38,7 @@ from benchmarks.gpu_probes import (
 )
 from benchmarks.machine import Call
 from benchmarks.operations import OPERATIONS
-from benchmarks.plan import command_line
+from benchmarks.plan import OUT, command_line
 
 _MB, _GIB = 10**6, 1 << 30
 _LOADS, _BLOCKS_PER_SM = (2, 4, 8, 16), (1, 2, 4, 8, MAX_BLOCKS)

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-OUT = Path(__file__).parent / "out"
+from benchmarks.plan import OUT
+
 TILE = 1 << 16  # read() and update() need buffers of a multiple of this size
 # As many loads in flight, and blocks per multiprocessor, as in csrc/cuda.
 USUAL_LOADS, USUAL_BLOCKS = 8, 8

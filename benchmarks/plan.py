@@ -109,10 +109,10 @@ def positive(text: str) -> int:
 
 
 def command_line(module: str, doc: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """Return a parser for ``python -m module``, described by what follows the first colon of ``doc``."""
+    """Return a parser for ``python -m module``, described by what follows the first colon of ``doc``, if any."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
-        description=(doc or "").partition(": ")[2],
+        description=(doc or "").partition(": ")[2] or doc,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -120,8 +120,8 @@ def command_line(module: str, doc: str | None, epilog: str = "") -> argparse.Arg
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options as they were given."""
-    doc = "python -m benchmarks: Measure torch.nn.utils against every gradclip_ext backend on this machine."
-    parser = command_line("benchmarks", doc, _EXAMPLES)
+    description = "Measure torch.nn.utils against every gradclip_ext backend on this machine."
+    parser = command_line("benchmarks", description, _EXAMPLES)
     size = parser.add_mutually_exclusive_group()
     note = "float32, fewer repeats: about a minute on two idle cores"
     size.add_argument("--quick", dest="extent", action="store_const", const=QUICK, default=USUAL, help=note)

@@ -109,14 +109,14 @@ class ForeachBackend:
             grad.copy_(grad * coef) if grad.dim() == 0 else grad.mul_(coef)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
-        if len(tensors.tensors) == 1:
-            tensors.tensors[0].clamp_(min, max)
-            return
-        # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
-        # which on the CPU means small tensors.
-        most = SMALL if host_sees(tensors.tensors[0]) else math.inf
         for group in _batches(tensors.tensors, self._batched):
-            together = [g for g in group if g.numel() <= most] if len(group) > 1 else []
+            if len(group) == 1:
+                group[0].clamp_(min, max)
+                continue
+            # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
+            # which on the CPU means small tensors.
+            most = SMALL if host_sees(group[0]) else math.inf
+            together = [g for g in group if g.numel() <= most]
             if together:
                 torch._foreach_clamp_min_(together, min)
                 torch._foreach_clamp_max_(together, max)
@@ -234,8 +234,8 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
     that share memory are handled one after the other; so are those that may have none, and
     torch.func.vmap knows no foreach.
     """
-    if not tensors:
-        return []
+    if len(tensors) <= 1:
+        return [[t] for t in tensors]
     if batched and (torch.compiler.is_compiling() or host_sees(tensors[0])):
         return [list(tensors)]
     if not batched or is_intercepted() or share_memory(tensors):

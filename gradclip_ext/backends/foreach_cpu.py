@@ -157,7 +157,7 @@ def _pieces(tensors: Sequence[Tensor], most: int, small: int, widened: bool = Fa
 
     Dense tensors are yielded as views in memory order; tensors of up to ``small`` elements
     are joined by copying; complex ones become magnitudes, those with gaps are copied.
-    If ``widened``, what is yielded is float32 or float64, and the memory of one piece may serve the next.
+    If ``widened``, pieces are float32 or float64, and one may be overwritten when the next is asked for.
     """
     together: dict[torch.dtype, list[Tensor]] = {}
     narrow = []
