@@ -109,7 +109,7 @@ def positive(text: str) -> int:
 
 
 def command_line(module: str, doc: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """Return a parser for ``python -m module``, described by what follows the first colon of ``doc``, if any."""
+    """Return a parser for ``python -m module``, described by what follows the first colon of ``doc``."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=(doc or "").partition(": ")[2] or doc,
