@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from gradclip_ext.backends.base import flat_view
 
@@ -21,19 +20,22 @@ from gradclip_ext.backends.base import flat_view
 _ROW = 512
 # Elements converted to another dtype at a time: 4 MiB of float32 stay in cache.
 _PIECE = 1 << 20
-
-
+# Elements below which torch gives a thread no part of an operation.
+_GRAIN = 1 << 15
 # Elements reduced without a copy at a time: 128 KiB of row norms.
 _SPAN = 1 << 24
 # Up to this many elements, joining a tensor to its neighbours costs less than a call of its own.
 SMALL = 1 << 14
+# Where dtypes of two bytes are converted, tensors so many times larger are still better joined first: one
+# conversion by all threads costs less than one for each, by more than the copy of two bytes an element costs.
+_JOINED_IF_CONVERTED = 2
 # Up to this many elements, one reduction in float64 costs less than rows in float32.
 _FEW = 1 << 12
 # A mean |x|^p below these may have lost terms to underflow: what float32 drops of one square is
 # at most 2^-126 = 1.2e-38, a share of 1.2e-7 of such a mean. Likewise 2^-1022 for float64.
 _LEAST_MEAN_FLOAT32 = 1e-31
 _LEAST_MEAN_FLOAT64 = 1e-300
-_WIDE = (torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+_WIDE = {torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128}
 
 
 def joint_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
@@ -92,27 +94,31 @@ def _sum_of_squares(tensors: Sequence[Tensor], small: int) -> float:
 
 
 class _Rows:
-    """Norms of rows of one dtype, of which those of many pieces are squared and added together.
-
-    They are written to memory that was there before: a small tensor allocated beside a large temporary
-    one would hold the heap open and let it grow with every piece.
-    """
+    """Norms of rows of one dtype, of which those of many pieces are squared and added together."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._norms = torch.empty(_SPAN // _ROW + 1, dtype=dtype, device="cpu")
+        self._norms = _kept("norms", dtype, _SPAN // _ROW + 1)
         self._used = 0
         self._total = 0.0
 
     def add(self, piece: Tensor) -> None:
-        rows, rest = divmod(piece.numel(), _ROW)
-        if self._used + rows + 1 > self._norms.numel():
-            self._total, self._used = self.sum_of_squares(), 0
-        end = self._used + rows
-        body = piece.narrow(0, 0, rows * _ROW) if rest else piece
-        torch.linalg.vector_norm(body.view(-1, _ROW), 2.0, 1, out=self._norms[self._used : end])
-        if rest:
-            torch.linalg.vector_norm(piece.narrow(0, rows * _ROW, rest), out=self._norms[end])
+        count, rest = divmod(piece.numel(), _ROW)
+        start, end = self._used, self._used + count
+        if end >= self._norms.numel():
+            self._total = self.sum_of_squares()
+            start, end = 0, count
+        norms = self._norms[start:end]
+        if not piece.is_contiguous():
+            rows = piece.view(piece.shape[0], -1, _ROW)
+            norms = norms.view(rows.shape[:-1])
+        elif rest:
+            body, left = piece.view(-1).split([count * _ROW, rest])
+            rows = body.view(-1, _ROW)
+            torch.linalg.vector_norm(left, out=self._norms[end])
             end += 1
+        else:
+            rows = piece.view(-1, _ROW)
+        torch.linalg.vector_norm(rows, 2.0, -1, out=norms)
         self._used = end
 
     def sum_of_squares(self) -> float:
@@ -124,8 +130,8 @@ def _sum_of_powers(tensors: Sequence[Tensor], p: float, small: int) -> float:
     total = 0.0
     if p == 1.0:
         for span in _pieces(tensors, _SPAN, small, widened=True):
-            for piece in span.split(_PIECE):
-                magnitudes = piece.abs()
+            for piece in span.view(-1).split(_PIECE) if span.is_contiguous() else (span,):
+                magnitudes = piece.abs().view(-1)
                 body = magnitudes.numel() // _ROW * _ROW
                 sums = [magnitudes[:body].view(-1, _ROW).sum(dim=1), magnitudes[body:].view(1, -1).sum(dim=1)]
                 total += torch.cat(sums).double().sum().item()
@@ -153,88 +159,114 @@ def _extreme(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
 
 
 def _pieces(tensors: Sequence[Tensor], most: int, small: int, widened: bool = False) -> Iterator[Tensor]:
-    """Yield every element once, as real flat tensors of at most ``most`` elements.
+    """Yield every element once, as real tensors of at most ``most`` elements.
 
-    Dense tensors are yielded as views in memory order; tensors of up to ``small`` elements
-    are joined by copying; complex ones become magnitudes, those with gaps are copied.
-    If ``widened``, pieces are float32 or float64, and one may be overwritten when the next is asked for.
+    Dense tensors are yielded as contiguous views; tensors of up to ``small`` elements are joined by
+    copying; complex ones become magnitudes, those with gaps are copied.
+    If ``widened``, pieces are float32 or float64, and one that is not contiguous is made of whole rows.
+    A piece may be overwritten when the next is asked for.
     """
     together: dict[torch.dtype, list[Tensor]] = {}
     narrow = []
+    small_narrow = small * _JOINED_IF_CONVERTED
     for tensor in tensors:
         dtype, numel = tensor.dtype, tensor.numel()
         if numel == 0:
             continue
-        if numel <= small and not dtype.is_complex:
+        converted = widened and dtype not in _WIDE
+        if numel <= (small_narrow if converted else small) and not dtype.is_complex:
             together.setdefault(dtype, []).append(tensor)
-        elif widened and dtype not in _WIDE:
+        elif converted:
             narrow.append(tensor)
         else:
             yield from _views_or_copies(tensor, most)
-    for dtype, group in together.items():
-        for piece in _joined(group):
-            yield piece.float() if widened and dtype not in _WIDE else piece
     if narrow:
-        yield from _converted(narrow)
+        yield from _converted(narrow, together)
+    for dtype, group in together.items():
+        for batch, numel in _batches(group):
+            joined = _joined(batch, numel)
+            converted = widened and dtype not in _WIDE
+            yield _kept("floats", torch.float32, numel).copy_(joined) if converted else joined
 
 
-def _joined(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Yield small tensors of one dtype as few flat copies, each of at most _PIECE elements."""
-    start = size = 0
+def _converted(tensors: list[Tensor], rests: dict[torch.dtype, list[Tensor]]) -> Iterator[Tensor]:
+    """Yield what of tensors makes whole rows for each thread, as float32, and put what is left to ``rests``.
+
+    Each thread has its part of the memory. Of each tensor it converts one part into that, and the thread that
+    reduces those rows is the same again: lines that one thread writes after another has read them
+    take four times as long where the two share no cache.
+    """
+    threads = torch.get_num_threads()
+    of_thread = max(_PIECE // threads, _GRAIN) // _ROW * _ROW
+    memory = _kept("floats", torch.float32, of_thread * threads).view(threads, of_thread)
+    parts: list[Tensor] = []
+    sizes: list[int] = []
+    used = 0
+    for tensor in tensors:
+        for piece in _views_or_copies(tensor, of_thread * threads):
+            numel = piece.numel()
+            size = numel // threads // _ROW * _ROW
+            body = piece
+            if numel != size * threads:
+                body, rest = piece.view(-1).split([size * threads, numel - size * threads])
+                rests.setdefault(tensor.dtype, []).append(rest)
+            if size == 0:
+                continue
+            if used + size > of_thread:
+                yield _filled(memory[:, :used], parts, sizes)
+                parts, sizes, used = [], [], 0
+            parts.append(body.view(threads, size))
+            sizes.append(size)
+            used += size
+    if parts:
+        yield _filled(memory[:, :used], parts, sizes)
+
+
+def _filled(memory: Tensor, parts: list[Tensor], sizes: list[int]) -> Tensor:
+    torch._foreach_copy_(memory.split(sizes, dim=1), parts)
+    return memory
+
+
+def _batches(tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
+    """Yield tensors in lists of up to _PIECE elements, with the number of these."""
+    start = total = 0
     for index, tensor in enumerate(tensors):
-        size += tensor.numel()
-        if size > _PIECE:
-            yield _concatenated(tensors[start:index])
-            start, size = index, tensor.numel()
-    if tensors:
-        yield _concatenated(tensors[start:])
+        numel = tensor.numel()
+        if total + numel > _PIECE and total:
+            yield tensors[start:index], total
+            start, total = index, 0
+        total += numel
+    yield tensors[start:], total
 
 
-def _concatenated(tensors: list[Tensor]) -> Tensor:
+def _joined(tensors: list[Tensor], numel: int) -> Tensor:
+    """Return the elements of tensors of one dtype as one flat tensor."""
     if len(tensors) == 1:
         return tensors[0].reshape(-1).contiguous()
-    # Biases and norms are 1-d, and cat takes those as they are for a third of the time.
-    if all(t.dim() == 1 for t in tensors):
-        return torch.cat(tensors)
-    joined: Tensor = _flatten_dense_tensors(tensors)
-    return joined
-
-
-def _converted(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Yield tensors in float32, many in one piece: a call for each would cost more than its elements."""
-    memory = _floats(min(_PIECE, sum(t.numel() for t in tensors)))
-    together: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        for piece in _views_or_copies(tensor, _PIECE):
-            if size + piece.numel() > memory.numel():
-                yield _filled(memory[:size], together)
-                together, size = [], 0
-            together.append(piece)
-            size += piece.numel()
-    if together:
-        yield _filled(memory[:size], together)
+    flat = [t if t.dim() == 1 else t.reshape(-1) for t in tensors]
+    return torch.cat(flat, out=_kept("joined", tensors[0].dtype, numel))
 
 
 _of_thread = threading.local()
 
 
-def _floats(numel: int) -> Tensor:
-    """Return at least so much memory, which the thread keeps: the system takes 3 ms to give 8 MiB anew."""
-    kept: Tensor | None = getattr(_of_thread, "floats", None)
-    if kept is None or kept.numel() < numel:
+def _kept(use: str, dtype: torch.dtype, numel: int) -> Tensor:
+    """Return so much memory, which the thread keeps for this use and dtype.
+
+    From the system it would come in pages that each cost a fault: more than to fill them.
+    """
+    kept: dict[tuple[str, torch.dtype], Tensor] = _of_thread.__dict__.setdefault("kept", {})
+    memory = kept.get((use, dtype))
+    if memory is None or memory.numel() < numel:
         with torch.inference_mode(False):  # what is made there could only be written to there
-            kept = _of_thread.floats = torch.empty(numel, dtype=torch.float32, device="cpu")
-    return kept
-
-
-def _filled(memory: Tensor, pieces: list[Tensor]) -> Tensor:
-    torch._foreach_copy_(list(memory.split([piece.numel() for piece in pieces])), pieces)
-    return memory
+            memory = kept[use, dtype] = torch.empty(numel, dtype=dtype, device="cpu")
+    return memory[:numel]
 
 
 def _views_or_copies(tensor: Tensor, most: int) -> Iterable[Tensor]:
     """Return the elements of a tensor, at most ``most`` at a time."""
+    if tensor.numel() <= most and tensor.is_contiguous() and not tensor.is_complex():
+        return (tensor,)  # a view takes a microsecond
     flat = None if tensor.is_complex() else flat_view(tensor)
     if flat is None:
         return _copied_pieces(tensor)

@@ -61,14 +61,32 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def halves() -> list[torch.Tensor]:
-    """Return tensors of half types that are converted together, in several pieces, and one with gaps."""
-    sizes = (foreach_cpu.SMALL + 1, foreach_cpu._PIECE - 5, 40_000, 2 * foreach_cpu._PIECE + 3, 7)
+    """Return tensors of half types: joined or converted together, in several pieces, and strided ones."""
+    joined = foreach_cpu.SMALL * foreach_cpu._JOINED_IF_CONVERTED
+    sizes = (joined + 1, foreach_cpu._PIECE - 5, 40_000, joined, 2 * foreach_cpu._PIECE + 3, 7)
+    sizes += (joined - 3,) * (foreach_cpu._PIECE // joined)
     grads = [random(size, dtype=dtype) for size in sizes for dtype in (torch.bfloat16, torch.float16)]
-    return [*grads, random(300, 200, dtype=torch.bfloat16)[:, ::2]]
+    strided = [random(*shape, dtype=torch.bfloat16).transpose(0, 1) for shape in ((250, 200), (500, 400))]
+    return [*grads, *strided, strided[0][:, ::2], random(500, 400, dtype=torch.bfloat16)]
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
-def test_halves_are_converted_together(norm_type: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_tensors_of_any_dimension(norm_type: float, dtype: torch.dtype) -> None:
+    """With as many elements as fill rows or not, dense in either order, and more than one piece takes."""
+    grads = [random(*shape, dtype=dtype) for shape in ((512, 40), (3, 7, 1001), (9, 2048), (5000, 300))]
+    grads += [grads[0].t(), grads[1].permute(2, 0, 1), grads[2][:, ::2]]
+    norm = gradclip_ext.get_total_norm(grads, norm_type, backend="foreach")
+    oracle.assert_norm(norm, grads, norm_type)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+@pytest.mark.parametrize("threads", [1, 2, 3, 40, 200])
+def test_halves_are_converted_together(
+    norm_type: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a part of the memory for each thread, of which there may be more than a tensor has rows."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     grads = halves()
     norm = gradclip_ext.get_total_norm(grads, norm_type, backend="foreach")
     oracle.assert_norm(norm, grads, norm_type)
