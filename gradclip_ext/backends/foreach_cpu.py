@@ -81,16 +81,22 @@ def _rescaled_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
 
 
 def _sum_of_squares(tensors: Sequence[Tensor], small: int) -> float:
+    if len(tensors) == 1 and tensors[0].numel() <= _FEW and not tensors[0].is_complex():
+        return _square_of_few(tensors[0])
     total, of_rows = 0.0, {}
     for piece in _pieces(tensors, _SPAN, small, widened=True):
         if piece.numel() <= _FEW:
-            norm: float = torch.linalg.vector_norm(piece, dtype=torch.float64).item()
-            total += norm * norm
+            total += _square_of_few(piece)
             continue
         if piece.dtype not in of_rows:
             of_rows[piece.dtype] = _Rows(piece.dtype)
         of_rows[piece.dtype].add(piece)
     return total + sum(rows.sum_of_squares() for rows in of_rows.values())
+
+
+def _square_of_few(tensor: Tensor) -> float:
+    norm: float = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    return norm * norm
 
 
 class _Rows:
