@@ -18,8 +18,10 @@ from gradclip_ext.backends.base import flat_view
 # follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
 # Tensors of one constant come closest, with 5e-7. Rows are then added in float64.
 _ROW = 512
-# Elements converted to another dtype at a time: 4 MiB of float32 stay in cache.
+# Elements copied at a time: 4 MiB of float32 stay in cache.
 _PIECE = 1 << 20
+# Elements of large tensors converted at a time: 8 MiB of float32, and half as many times to wait for threads.
+_CONVERTED = 1 << 21
 # Elements below which torch gives a thread no part of an operation.
 _GRAIN = 1 << 15
 # Elements reduced without a copy at a time: 128 KiB of row norms.
@@ -203,7 +205,7 @@ def _converted(tensors: list[Tensor], rests: dict[torch.dtype, list[Tensor]]) ->
     take four times as long where the two share no cache.
     """
     threads = torch.get_num_threads()
-    of_thread = max(_PIECE // threads, _GRAIN) // _ROW * _ROW
+    of_thread = max(_CONVERTED // threads, _GRAIN) // _ROW * _ROW
     memory = _kept("floats", torch.float32, of_thread * threads).view(threads, of_thread)
     parts: list[Tensor] = []
     sizes: list[int] = []

@@ -63,7 +63,7 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 def halves() -> list[torch.Tensor]:
     """Return tensors of half types: joined or converted together, in several pieces, and strided ones."""
     joined = foreach_cpu.SMALL * foreach_cpu._JOINED_IF_CONVERTED
-    sizes = (joined + 1, foreach_cpu._PIECE - 5, 40_000, joined, 2 * foreach_cpu._PIECE + 3, 7)
+    sizes = (joined + 1, foreach_cpu._PIECE - 5, 40_000, joined, 2 * foreach_cpu._CONVERTED + 3, 7)
     sizes += (joined - 3,) * (foreach_cpu._PIECE // joined)
     grads = [random(size, dtype=dtype) for size in sizes for dtype in (torch.bfloat16, torch.float16)]
     strided = [random(*shape, dtype=torch.bfloat16).transpose(0, 1) for shape in ((250, 200), (500, 400))]
