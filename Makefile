@@ -68,7 +68,8 @@ test-installs: $(READY)
 check-wheel: $(READY)
 	PYTEST_ADDOPTS="$(PARALLEL)" $(RUN) tests/package/check_wheel.py $(TORCHES)
 
-# Wheels for upload: every Python that is found here, x86_64 and aarch64.
+# Wheels for upload: every Python that is found here, x86_64 and aarch64. setup.py says what
+# GRADCLIP_EXT_REPOSITORY adds to them.
 wheel: $(READY)
 	$(RUN) tests/package/make_wheels.py
 

@@ -9,6 +9,8 @@ Environment variables:
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS: as usual.
     GRADCLIP_EXT_TESTING=1: builds gradclip_ext._testing, too, which the project's tests call.
     GRADCLIP_EXT_CUDART=shared: links the CUDA runtime dynamically, for the tests that replace it.
+    GRADCLIP_EXT_REPOSITORY=https://github.com/<owner>/<name>: for what is uploaded to a package index, where
+        the metadata names the project's pages and README's links have to be absolute.
 """
 
 import os
@@ -266,6 +268,44 @@ class BuildExt(build_ext):
         return build.facts
 
 
+# ---------------------------------------------------------------- metadata
+
+
+def metadata():
+    """Return what depends on where the repository is, under the names of setuptools.setup()."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    urls = {}
+    repository = os.environ.get("GRADCLIP_EXT_REPOSITORY", "").rstrip("/")
+    if repository:
+        version = re.search('"(.+)"', (ROOT / "gradclip_ext" / "_version.py").read_text())[1]
+        readme = with_absolute_links(readme, repository, f"v{version}")
+        owner, name = repository.split("/")[-2:]
+        urls = {
+            "Documentation": f"https://{owner.lower()}.github.io/{name}/",
+            "Source": repository,
+            "Issues": f"{repository}/issues",
+            "Changelog": f"{repository}/blob/v{version}/CHANGELOG.md",
+        }
+    return {
+        "long_description": readme,
+        "long_description_content_type": "text/markdown",
+        "project_urls": urls,
+    }
+
+
+def with_absolute_links(markdown, repository, tag):
+    """Return Markdown whose relative links lead to a tag of the repository, for pictures to the raw file."""
+
+    def absolute(link):
+        picture, text, target = link.groups()
+        file = f"README.md{target}" if target.startswith("#") else target
+        return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/{tag}/{file})"
+
+    parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
+    parts[::2] = [re.sub(r"(!?)\[([^][]*)\]\((?!https?:)([^()\s]+)\)", absolute, part) for part in parts[::2]]
+    return "".join(parts)
+
+
 def extensions():
     if asked_mode() == "none":
         return []
@@ -274,4 +314,6 @@ def extensions():
 
 
 if __name__ == "__main__":
-    setuptools.setup(ext_modules=extensions(), cmdclass={"build_py": BuildPy, "build_ext": BuildExt})
+    setuptools.setup(
+        ext_modules=extensions(), cmdclass={"build_py": BuildPy, "build_ext": BuildExt}, **metadata()
+    )

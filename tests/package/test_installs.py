@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import commands
@@ -76,11 +77,19 @@ def test_pip_install_editable(checkout: Path, python: Path, tmp_path: Path) -> N
     assert str(copy) in run(python, "-c", USES_THE_KERNELS, cwd=tmp_path)
 
 
-def test_build_and_the_sdist(checkout: Path, python: Path, tmp_path: Path) -> None:
+def test_build_and_the_sdist(
+    checkout: Path, python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADCLIP_EXT_REPOSITORY", "https://example.org/some/name")
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", checkout, cwd=tmp_path)
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.stat().st_size < 20_000_000
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith("/METADATA"))
+        metadata = files.read(name).decode()
+    assert "Project-URL: Source, https://example.org/some/name\n" in metadata
+    assert "](https://example.org/some/name/raw/v" in metadata
     run(python, "-m", "pip", "install", "--no-deps", archive, cwd=tmp_path)
     assert str(tmp_path / "venv") in run(python, "-c", USES_THE_KERNELS, cwd=tmp_path)
 

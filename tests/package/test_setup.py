@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+import gradclip_ext
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,6 +196,37 @@ def test_a_second_build_compiles_what_has_changed(tmp_path: Path) -> None:
     after = built()
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"python_module.cpp.o", "python_threads.cpp.o"}
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def test_without_the_address_of_the_repository_the_readme_is_as_it_is(
+    setup_py: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRADCLIP_EXT_REPOSITORY", raising=False)
+    metadata = setup_py.metadata()
+    assert metadata["long_description"] == (ROOT / "README.md").read_text() and not metadata["project_urls"]
+
+
+def test_links_as_a_package_index_needs_them(
+    setup_py: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them absolute, to files that are there, and nothing else of README changed."""
+    monkeypatch.setenv("GRADCLIP_EXT_REPOSITORY", "https://example.org/Some/name/")
+    readme = (ROOT / "README.md").read_text()
+    metadata = setup_py.metadata()
+    here = f"https://example.org/Some/name/(blob|raw)/v{gradclip_ext.__version__}/"
+    for kind, picture, file in re.findall(rf"(!?)\[[^][]*\]\({here}([^)#]+)", metadata["long_description"]):
+        assert (ROOT / file).exists() and picture == ("raw" if kind else "blob"), file
+    links = re.findall(
+        r"\]\(([^)]*)\)", re.sub(r"```.*?```", "", metadata["long_description"], flags=re.DOTALL)
+    )
+    assert links and not [link for link in links if not link.startswith("https://")]
+    back = re.sub(here, "", metadata["long_description"])
+    assert back.replace("](README.md#", "](#") == readme
+    assert metadata["project_urls"]["Source"] == "https://example.org/Some/name"
+    assert metadata["project_urls"]["Documentation"] == "https://some.github.io/name/"
 
 
 @pytest.mark.installs
