@@ -284,9 +284,9 @@ def _notes(results: Results) -> Iterator[str]:
     ours = default_backend(results)
     if ours in costs and BASELINE in costs:
         us, torch_us = costs[ours], costs[BASELINE]
-        yield f"One `clip_grad_norm_` call takes the host {us.us_for_300:.3g} µs for 300 one-element tensors"
-        yield f"and {us.us_per_further:.2g} µs for each further one; `{BASELINE}` takes"
-        yield f"{torch_us.us_for_300:.3g} µs and {torch_us.us_per_further:.2g} µs."
+        yield f"A `clip_grad_norm_` call on 300 one-element tensors takes the host {duration(us.us_for_300)}"
+        yield f"and {us.us_per_further:.2g} us for each further one; `{BASELINE}` takes"
+        yield f"{duration(torch_us.us_for_300)} and {torch_us.us_per_further:.2g} us."
         yield ""
     steps = [r for r in results.records if r.impl == ours and r.op.endswith(STEP) and r.speedup_vs_torch]
     for state, of_state in groupby(sorted(steps, key=lambda r: r.state), key=lambda r: r.state):

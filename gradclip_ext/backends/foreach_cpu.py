@@ -198,11 +198,10 @@ def _pieces(tensors: Sequence[Tensor], most: int, small: int, widened: bool = Fa
 
 
 def _converted(tensors: list[Tensor], rests: dict[torch.dtype, list[Tensor]]) -> Iterator[Tensor]:
-    """Yield what of tensors makes whole rows for each thread, as float32, and put what is left to ``rests``.
+    """Yield of tensors, as float32, what makes whole rows for every thread, and add the rest to ``rests``.
 
-    Each thread has its part of the memory. Of each tensor it converts one part into that, and the thread that
-    reduces those rows is the same again: lines that one thread writes after another has read them
-    take four times as long where the two share no cache.
+    A thread converts its part of each tensor into its part of the memory, and reduces what it converted:
+    to write what another thread has read takes four times as long where the two share no cache.
     """
     threads = torch.get_num_threads()
     of_thread = max(_CONVERTED // threads, _GRAIN) // _ROW * _ROW

@@ -131,7 +131,7 @@ def test_the_index_says_what_is_in_the_file(results: Results) -> None:
     assert "| gpt2-124m, float32: 148 tensors, 498 MB | 2.72x (86 %) | not measured |" in text
     assert "| gpt2-124m, bfloat16: 148 tensors, 498 MB | wrong |" in text
     assert "median of 12 to 12 interleaved pairs" in text
-    assert "takes the host 15 µs for 300 one-element tensors\nand 0.05 µs for each further one" in text
+    assert "call on 300 one-element tensors takes the host 15 us\nand 0.05 us for each further one" in text
     assert "`deepspeed` 0.18: slow." in text
     assert "Not measured: llama-3-8b in float32: it needs 64.1 GB." in text
 
