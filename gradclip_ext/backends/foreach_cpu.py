@@ -189,22 +189,22 @@ def _pieces(tensors: Sequence[Tensor], most: int, small: int, widened: bool = Fa
         else:
             yield from _views_or_copies(tensor, most)
     if narrow:
-        yield from _converted(narrow, together)
+        yield from _converted(narrow, most, together)
     for dtype, group in together.items():
-        for batch, numel in _batches(group):
+        for batch, numel in _portions(group):
             joined = _joined(batch, numel)
             converted = widened and dtype not in _WIDE
             yield _kept("floats", torch.float32, numel).copy_(joined) if converted else joined
 
 
-def _converted(tensors: list[Tensor], rests: dict[torch.dtype, list[Tensor]]) -> Iterator[Tensor]:
+def _converted(tensors: list[Tensor], most: int, rests: dict[torch.dtype, list[Tensor]]) -> Iterator[Tensor]:
     """Yield of tensors, as float32, what makes whole rows for every thread, and add the rest to ``rests``.
 
     A thread converts its part of each tensor into its part of the memory, and reduces what it converted:
     to write what another thread has read takes four times as long where the two share no cache.
     """
     threads = torch.get_num_threads()
-    of_thread = max(_CONVERTED // threads, _GRAIN) // _ROW * _ROW
+    of_thread = min(max(_CONVERTED // threads, _GRAIN), most // threads) // _ROW * _ROW
     memory = _kept("floats", torch.float32, of_thread * threads).view(threads, of_thread)
     parts: list[Tensor] = []
     sizes: list[int] = []
@@ -234,7 +234,7 @@ def _filled(memory: Tensor, parts: list[Tensor], sizes: list[int]) -> Tensor:
     return memory
 
 
-def _batches(tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
+def _portions(tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
     """Yield tensors in lists of up to _PIECE elements, with the number of these."""
     start = total = 0
     for index, tensor in enumerate(tensors):

@@ -63,11 +63,13 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 def halves() -> list[torch.Tensor]:
     """Return tensors of half types: joined or converted together, in several pieces, and strided ones."""
     joined = foreach_cpu.SMALL * foreach_cpu._JOINED_IF_CONVERTED
-    sizes = (joined + 1, foreach_cpu._PIECE - 5, 40_000, joined, 2 * foreach_cpu._CONVERTED + 3, 7)
+    sizes = (foreach_cpu.SMALL + 1, joined + 1, foreach_cpu._PIECE - 5, 40_000, joined, 7)
+    sizes += (2 * foreach_cpu._CONVERTED + 3,)
     sizes += (joined - 3,) * (foreach_cpu._PIECE // joined)
     grads = [random(size, dtype=dtype) for size in sizes for dtype in (torch.bfloat16, torch.float16)]
     strided = [random(*shape, dtype=torch.bfloat16).transpose(0, 1) for shape in ((250, 200), (500, 400))]
-    return [*grads, *strided, strided[0][:, ::2], random(500, 400, dtype=torch.bfloat16)]
+    rows = random(500, 400, dtype=torch.bfloat16)
+    return [*grads, *strided, strided[0][:, ::2], rows, rows[:300, :200:2]]
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
@@ -78,6 +80,15 @@ def test_rows_of_tensors_of_any_dimension(norm_type: float, dtype: torch.dtype) 
     grads += [grads[0].t(), grads[1].permute(2, 0, 1), grads[2][:, ::2]]
     norm = gradclip_ext.get_total_norm(grads, norm_type, backend="foreach")
     oracle.assert_norm(norm, grads, norm_type)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 40])
+def test_norms_of_more_rows_than_are_kept(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of more than 16 Mi elements, or for hundreds of threads: they are added up in between."""
+    monkeypatch.setattr(foreach_cpu, "_SPAN", foreach_cpu._PIECE)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for grads in (halves(), [random(size) for size in (1 << 20, 300_000, 1 << 20, 40_001, 999_999)]):
+        oracle.assert_norm(gradclip_ext.get_total_norm(grads, backend="foreach"), grads, 2.0)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
