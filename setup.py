@@ -277,6 +277,10 @@ def metadata():
     urls = {}
     repository = os.environ.get("GRADCLIP_EXT_REPOSITORY", "").rstrip("/")
     if repository:
+        if not re.fullmatch(r"https://[^/]+/[^/]+/[^/]+", repository):
+            sys.exit(
+                f"GRADCLIP_EXT_REPOSITORY={repository!r} is not an address such as https://github.com/<owner>/<name>"
+            )
         version = re.search('"(.+)"', (ROOT / "gradclip_ext" / "_version.py").read_text())[1]
         readme = with_absolute_links(readme, repository, f"v{version}")
         owner, name = repository.split("/")[-2:]
