@@ -47,6 +47,13 @@ def reference(scaler: GradScaler, optimizer: Optimizer, *args: Any, **options: A
     return clip_grad_norm_(params_of(optimizer), *args, **options)
 
 
+def product(scaler: GradScaler, optimizer: Optimizer, *args: Any, **options: Any) -> Tensor:
+    """As reference does it for a scale that is a power of two."""
+    for grad in grads_of(params_of(optimizer)):
+        grad.mul_(1.0 / scaler.get_scale())
+    return clip_grad_norm_(params_of(optimizer), *args, **options)
+
+
 def found(scaler: GradScaler, optimizer: Optimizer) -> list[float]:
     return [f.item() for f in scaler._found_inf_per_device(optimizer).values()]
 
@@ -64,12 +71,15 @@ def test_bits_at_powers_of_two(backend: Target, scale: float, dtype: torch.dtype
     for each tensor's norm and again for the joint one, with 2 for what ``pow`` rounds each time. The root of
     half a number is rounded, for order 0.5. Coefficient and product add an ulp each.
     """
+    # On a GPU, torch does not unscale bfloat16. We do, but for the orders that are left to torch.
+    by_torch = dtype is not torch.bfloat16 or backend.device == "cpu"
     for max_norm in (0.0, 0.3, 1e6, INF, torch.tensor(0.25), lambda norm: norm / 3):
-        for norm_type in NORM_TYPES:
+        for norm_type in NORM_TYPES if by_torch else [p for p in NORM_TYPES if p > 0.0]:
             ours, theirs = twins(backend, scale, dtype)
             scalers = [scaler_of(scale, backend.device) for _ in range(2)]
             norm = unscale_and_clip_grad_norm_(scalers[0], ours, max_norm, norm_type, backend=backend.name)
-            expected = reference(scalers[1], theirs, max_norm, norm_type, backend=backend.name)
+            unscale = reference if by_torch else product
+            expected = unscale(scalers[1], theirs, max_norm, norm_type, backend=backend.name)
             what = f"{max_norm}, {norm_type}"
             is_rounded = dtype is torch.float64 and norm_type in (0.5, 3.0)
             oracle.assert_within_ulps(norm, expected, 20 if is_rounded else 0, what)
@@ -77,7 +87,8 @@ def test_bits_at_powers_of_two(backend: Target, scale: float, dtype: torch.dtype
             ulps = 22 if is_rounded else 0 if backend.sees_values else 1
             for a, b in zip(grads_of(params_of(ours)), grads_of(params_of(theirs)), strict=True):
                 oracle.assert_within_ulps(a, b, ulps, what)
-            assert found(scalers[0], ours) == found(scalers[1], theirs) == [0.0]
+            assert found(scalers[0], ours) == [0.0]
+            assert not by_torch or found(scalers[1], theirs) == [0.0]
 
 
 def test_other_scales(backend: Target) -> None:
