@@ -47,9 +47,18 @@ __device__ inline void write_norm(const NormOutput& out, double norm) {
 template <typename Norm>
 __device__ void finalize(const NormOutput& out) {
   __shared__ double shared[kWarps];
+  // So many are read at a time, because all other blocks have ended: nothing else hides latency.
+  constexpr int kBatch = 16;
   double value = 0.0;
-  for (int64_t i = threadIdx.x; i < out.chunks; i += kThreads) {
-    value = Norm::combine(value, __ldcg(out.partials + i));  // other SMs wrote it: read L2
+  for (int64_t first = threadIdx.x; first < out.chunks; first += kBatch * kThreads) {
+    double batch[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t i = first + j * kThreads;
+      batch[j] = i < out.chunks ? __ldcg(out.partials + i) : 0.0;  // other SMs wrote it: read L2
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) value = Norm::combine(value, batch[j]);
   }
   value = block_reduce<Norm>(value, shared);
   if (threadIdx.x == 0) write_norm(out, Norm::finalize(value));
