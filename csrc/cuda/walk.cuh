@@ -65,10 +65,15 @@ __device__ void with_dtype(DType dtype, char* data, int n, Work&& work) {
 
 /// The tensor of the chunk at which for_each_chunk begins. Reads the table alone, which is in the
 /// launch's parameters: so it can be found before wait_for_previous_kernel.
+///
+/// Each tensor before it, and each after it, has a chunk at least. So where most have only one,
+/// there are few to search among: each step may miss the cache of parameters.
 template <bool kBackwards, typename Table>
 __device__ int find_tensor(const Table& table, const Run& run) {
-  return static_cast<int>(
-      tensor_of(table.chunk_prefix, table.tensors, kBackwards ? run.end - 1 : run.begin));
+  const int chunk = kBackwards ? run.end - 1 : run.begin;
+  const int first = max(0, chunk - (table.chunks() - table.tensors));
+  const int end = min(chunk + 1, table.tensors);
+  return first + static_cast<int>(tensor_of(table.chunk_prefix + first, end - first, chunk));
 }
 
 /// Calls `work(chunk, tensor, dtype, data, length)` for every chunk of the run, forwards or
