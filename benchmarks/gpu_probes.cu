@@ -136,8 +136,14 @@ cudaError_t for_each_table(const TensorList& list, Order order, Launch&& launch)
 
 enum class Operation { kNorm, kScale, kClamp };
 
-/// As launch.cu does it, but for the number of blocks, and for dependent launches on demand. The
-/// first 16 bytes of `scratch` are zeros between calls.
+/// A run for each chunk, of which there are more than blocks.
+Runs runs_of(int64_t chunks, const Launches& launches, void* scratch) {
+  const auto count = static_cast<unsigned>(chunks);
+  return {count, chunks > launches.blocks ? static_cast<unsigned*>(scratch) : nullptr};
+}
+
+/// As launch.cu does it, but for the number of blocks and of runs, and for dependent launches on
+/// demand. The first 16 bytes of `scratch` are zeros between calls.
 template <int kCapacity>
 cudaError_t run(Operation operation, const TensorList& list, double max_norm, void* scratch,
                 float* results, Launches launches) {
@@ -157,7 +163,8 @@ cudaError_t run(Operation operation, const TensorList& list, double max_norm, vo
       case Operation::kNorm:
         return enqueue(norm_kernel<L2, Table>, table.chunks(), launches, table, out);
       case Operation::kScale:
-        return enqueue(scale_kernel<Table>, table.chunks(), launches, table, coefs, !is_last);
+        return enqueue(scale_kernel<Table>, table.chunks(), launches, table, coefs, !is_last,
+                       runs_of(table.chunks(), launches, scratch));
       default:
         return enqueue(clamp_kernel<Table>, table.chunks(), launches, table, -max_norm, max_norm,
                        !is_last);

@@ -56,12 +56,8 @@ __device__ __noinline__ ScaledSum unit_sum(DType dtype, char* data, int numel, W
 /// does not fit beside the loop.
 __device__ __noinline__ void scale_unit(DType dtype, char* data, int numel, WarpTiles tiles,
                                         double coef, int lane) {
-  with_dtype<true>(dtype, data, numel, [&](auto* x, int n) {
-    update_tiles(x, n, tiles, lane, [coef](auto& element) {
-      multiply(element, coef);
-      return true;
-    });
-  });
+  with_dtype<true>(dtype, data, numel,
+                   [&](auto* x, int n) { update_tiles(x, n, tiles, lane, Multiply{coef}); });
 }
 
 /// The norm of a unit from the sums of its warps, for every thread.

@@ -19,6 +19,24 @@ __device__ float comparable(T x) {
   return to_float(x);
 }
 
+/// To [low, high].
+template <typename T>
+struct Clamp {
+  __device__ bool applies(T x) const {  // NaN is neither below nor above, and stays
+    return comparable(x) < comparable(low) || comparable(x) > comparable(high);
+  }
+  __device__ void apply(T& x) const {
+    if (comparable(x) < comparable(low)) {
+      x = low;
+    } else if (comparable(x) > comparable(high)) {
+      x = high;
+    }
+  }
+
+  T low;
+  T high;
+};
+
 /// Contract: kThreads threads, any grid, any dtypes; the bounds are in the range of every dtype in
 /// the table and are rounded to it. Stores only vectors that changed: moves N bytes if no element
 /// exceeds a bound, and at most 2N. All but the first launch of a list may start early.
@@ -32,16 +50,10 @@ __global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constan
   for_each_chunk(table, run, [&](int chunk, int, DType dtype, char* data, int length) {
     with_dtype<true>(dtype, data, length, [&](auto* x, int n) {
       using T = std::remove_reference_t<decltype(*x)>;
-      T low, high;
-      round_bound(min, low);
-      round_bound(max, high);
-      update_tiles(x, n, tiles_of_chunk(chunk, warp), lane, [&](T& item) {
-        const auto value = comparable(item);  // NaN is neither below nor above, and stays
-        const bool below = value < comparable(low);
-        const bool above = value > comparable(high);
-        item = below ? low : above ? high : item;
-        return below || above;
-      });
+      Clamp<T> clamp;
+      round_bound(min, clamp.low);
+      round_bound(max, clamp.high);
+      update_tiles(x, n, tiles_of_chunk(chunk, warp), lane, clamp);
     });
   });
   wait_for_previous_kernel();

@@ -93,8 +93,9 @@ cudaError_t launch_clip_adaptive(const AdaptiveLists& lists, const AdaptiveRule&
                                  void* scratch, cudaStream_t stream, bool is_pool_stream);
 
 /// Enqueues the multiplication by coefficients. Writes nothing where one is 1 or more, and +0.0
-/// where it is kZero.
-cudaError_t launch_scale(const TensorList& list, const Coefficients& coefs, cudaStream_t stream);
+/// where it is kZero. `is_pool_stream` as in launch_norm.
+cudaError_t launch_scale(const TensorList& list, const Coefficients& coefs, cudaStream_t stream,
+                         bool is_pool_stream);
 
 /// Enqueues the clamp to [min, max].
 cudaError_t launch_clamp(const TensorList& list, double min, double max, cudaStream_t stream);

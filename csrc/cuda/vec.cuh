@@ -158,22 +158,27 @@ struct WarpTiles {
   int stride;
 };
 
-/// Applies `update(element) -> bool` in place to x[begin, end), one element at a time. Writes an
-/// element if `update` returns true.
+// What is done in place is an `Update`: applies(element) tells whether it changes an element, and
+// apply(element) makes the change. These are two, because a clamp mostly finds nothing to change:
+// one that computed what to write in any case took a fifth longer on halves (measured on an H200).
+
+/// Updates x[begin, end), one element at a time.
 template <typename T, typename Update>
-__device__ void update_elements(T* x, int begin, int end, int lane, Update&& update) {
+__device__ void update_elements(T* x, int begin, int end, int lane, const Update& update) {
 #pragma unroll 4
   for (int i = begin + lane; i < end; i += kWarp) {
     T item = x[i];
-    if (update(item)) x[i] = item;
+    if (!update.applies(item)) continue;
+    update.apply(item);
+    x[i] = item;
   }
 }
 
-/// Applies `update(element) -> bool` in place to kLoadsInPlace vectors of a lane, of which the
-/// first is at `words` and which are kWarp apart. Writes a vector if `update` returns true for one
-/// of its elements. With `kSome`, only those are there whose number is below `count`.
+/// Updates kLoadsInPlace vectors of a lane, of which the first is at `words` and which are kWarp
+/// apart. Writes those that change. With `kSome`, only those are there whose number is below
+/// `count`.
 template <typename T, bool kSome, typename Update>
-__device__ void update_vectors(uint4* words, int count, Update&& update) {
+__device__ void update_vectors(uint4* words, int count, const Update& update) {
   Vec<T> vecs[kLoadsInPlace];
 #pragma unroll
   for (int j = 0; j < kLoadsInPlace; ++j) {
@@ -182,18 +187,21 @@ __device__ void update_vectors(uint4* words, int count, Update&& update) {
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < kLoadsInPlace; ++j) {
-    bool changed = false;
+    bool changes = false;
 #pragma unroll
-    for (int k = 0; k < kVecNumel<T>; ++k) changed |= update(vecs[j].items[k]);
-    if (changed && (!kSome || j * kWarp < count)) words[j * kWarp] = vecs[j].words;
+    for (int k = 0; k < kVecNumel<T>; ++k) changes |= update.applies(vecs[j].items[k]);
+    if (!changes || (kSome && j * kWarp >= count)) continue;
+#pragma unroll
+    for (int k = 0; k < kVecNumel<T>; ++k) update.apply(vecs[j].items[k]);
+    words[j * kWarp] = vecs[j].words;
   }
 }
 
-/// Applies `update(element) -> bool` in place to a warp's tiles of a chunk. No result depends on
-/// the lane, so tiles begin at the first aligned address; the elements before it belong to the
-/// first tile, and those after the last whole vector to the last tile.
+/// Updates a warp's tiles of a chunk. No result depends on the lane, so tiles begin at the first
+/// aligned address; the elements before it belong to the first tile, and those after the last whole
+/// vector to the last tile.
 template <typename T, typename Update>
-__device__ void update_tiles(T* x, int length, WarpTiles tiles, int lane, Update&& update) {
+__device__ void update_tiles(T* x, int length, WarpTiles tiles, int lane, const Update& update) {
   const auto address = reinterpret_cast<uintptr_t>(x);
   const int head = static_cast<int>(split_vectors(address, length, sizeof(T), kVecBytes).head);
   if (tiles.first == 0) update_elements(x, 0, head, lane, update);

@@ -96,11 +96,14 @@ void emulated_norm(int64_t tensors, void* const* data, const int64_t* numel, con
   });
 }
 
+/// Every launch has `runs` runs of chunks, at least as many as blocks. `taken` is 0 before and
+/// after, and null for as many as blocks.
 void emulated_scale(int64_t tensors, void* const* data, const int64_t* numel, const int* dtypes,
-                    const void* coefs, int are_float64, int stride, unsigned blocks) {
+                    const void* coefs, int are_float64, int stride, unsigned blocks, unsigned runs,
+                    unsigned* taken) {
   const TensorList list = make_list(tensors, data, numel, dtypes);
   for_each_launch(list, blocks, 0, [&](const auto& table, bool) {
-    scale_kernel(table, Coefficients{coefs, stride, are_float64 != 0}, false);
+    scale_kernel(table, Coefficients{coefs, stride, are_float64 != 0}, false, Runs{runs, taken});
   });
 }
 

@@ -82,10 +82,13 @@ def as_limit(max_norm):
     return ctypes.c_double(math.nan), address(max_norm), int(max_norm.dtype == torch.float64)
 
 
-def scale_(kernels, tensors, coef, blocks=3):
+def scale_(kernels, tensors, coef, blocks=3, runs=None):
     """Scale by a 0-d coefficient, or by a vector with one for each tensor that is not empty."""
-    is_float64 = coef.dtype == torch.float64
-    kernels.emulated_scale(*as_arguments(tensors), address(coef), int(is_float64), coef.dim(), blocks)
+    coefs = address(coef), int(coef.dtype == torch.float64), coef.dim()
+    taken = torch.zeros(1, dtype=torch.int32)
+    counter = (blocks, None) if runs is None else (runs, address(taken))
+    kernels.emulated_scale(*as_arguments(tensors), *coefs, blocks, *counter)
+    assert taken.item() == 0, "the counter is not ready for the next launch"
 
 
 def each(kernels, tensors, p=2.0, *, max_norm=1.0, zero_if_nonfinite=False, blocks=3, first_block=0):
@@ -224,6 +227,21 @@ def test_scale(kernels, dtypes, coef_dtype):
     scale_(kernels, tensors, coef)
     for ours, wanted in zip(tensors, expected):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("runs", [3, 4, 7, 11, 60])
+def test_every_run_of_chunks_is_taken_once(kernels, runs):
+    """In each launch of a list, by three blocks: by one of them, or by none if there is nothing to do."""
+    tensors = gradients(HALVES, sizes=[70_000, 5, 33_000, 1] + 20 * [64] + [140_000])
+    before = [t.clone() for t in tensors]
+    coefs = torch.rand(len(tensors))
+    for coef in (torch.tensor(0.5), torch.tensor(1.0), coefs):
+        expected = [t * c.to(t.dtype) if t.dtype is torch.float32 else (t.float() * c).to(t.dtype)
+                    for t, c in zip(tensors, coef.expand(len(tensors)))]  # fmt: skip
+        scale_(kernels, tensors, coef, runs=runs)
+        for ours, wanted in zip(tensors, expected):
+            assert torch.equal(ours, wanted)
+    assert not torch.equal(tensors[0], before[0])
 
 
 def test_a_coefficient_of_one_writes_nothing_and_nan_writes_nan(kernels):

@@ -125,6 +125,12 @@ def external_stream() -> torch.cuda.ExternalStream:
     return torch.cuda.ExternalStream(stream.value)
 
 
+def set_pool_stream(monkeypatch: pytest.MonkeyPatch, is_pool_stream: bool) -> None:
+    """Let every stream count as one that lives as long as the process, or none."""
+    find = compiled._current_stream
+    monkeypatch.setattr(compiled, "_current_stream", lambda device: (find(device)[0], is_pool_stream))
+
+
 @pytest.mark.parametrize("is_pool_stream", [True, False])
 @pytest.mark.parametrize(
     "function", ["cudaSetDevice", "cudaStreamIsCapturing", "cudaLaunchKernelExC", "cudaMemsetAsync"]
@@ -132,7 +138,7 @@ def external_stream() -> torch.cuda.ExternalStream:
 def test_after_a_failure_the_next_norm_of_a_stream_is_right(
     monkeypatch: pytest.MonkeyPatch, function: str, is_pool_stream: bool
 ) -> None:
-    monkeypatch.setattr(compiled, "_is_pool_stream", lambda stream: is_pool_stream)
+    set_pool_stream(monkeypatch, is_pool_stream)
     runtime = importlib.import_module("sitecustomize").RUNTIME
     param = parameter(torch.full((70_000,), 2.0, device="cuda"))
     (before,) = clones([param.grad])
@@ -155,7 +161,7 @@ def test_after_a_failure_the_next_norm_of_a_stream_is_right(
 
 def test_more_streams_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The streams that get no counter clear one before every norm."""
-    monkeypatch.setattr(compiled, "_is_pool_stream", lambda stream: True)
+    set_pool_stream(monkeypatch, True)
     grads = [torch.full((100_000,), 2.0, device="cuda")]
     torch.cuda.synchronize()
     streams, norms = [external_stream() for _ in range(1030)], []

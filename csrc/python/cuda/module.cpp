@@ -177,13 +177,14 @@ void norm(const HeldList& list, double p, const PythonLimits& limits, bool is_fl
 }
 
 /// Enqueues the multiplication by one coefficient on the device or, with `stride` 1, by one for
-/// each tensor that has elements: floats or, with `are_float64`, doubles.
-void scale(const HeldList& list, uint64_t coefs, bool are_float64, int32_t stride,
-           uint64_t stream) {
+/// each tensor that has elements: floats or, with `are_float64`, doubles. `is_pool_stream` as for
+/// the norm.
+void scale(const HeldList& list, uint64_t coefs, bool are_float64, int32_t stride, uint64_t stream,
+           bool is_pool_stream) {
   const py::gil_scoped_release release;
   const DeviceGuard guard(list.device_index);
   check(cuda::launch_scale(list.spans, {at<const void*>(coefs), stride, are_float64},
-                           at<cudaStream_t>(stream)));
+                           at<cudaStream_t>(stream), is_pool_stream));
 }
 
 /// Enqueues the norms of the tensors that have elements and, unless their addresses are null, the
