@@ -73,8 +73,10 @@ __global__ __launch_bounds__(kThreads, 4) void scale_kernel(const __grid_constan
   __shared__ unsigned next;
   Run run(table.chunks(), runs.count - 1 - blockIdx.x, runs.count);
   int begin = find_tensor<true>(table, run);
-  wait_for_previous_kernel();
+  // Early, so that the next launch's parameters are copied meanwhile. What it waits for is this
+  // kernel's end, and with that all before it.
   if (ours_follows) let_next_kernel_launch();
+  wait_for_previous_kernel();
   if (coefs.stride == 0 && read_float(coefs.values, 0, coefs.are_float64) >= 1.0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   while (true) {
