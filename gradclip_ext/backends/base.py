@@ -178,6 +178,12 @@ def has_flat_units(tensor: Tensor) -> bool:
     return units <= 1 or tensor.numel() == 0 or tensor.stride(0) * units == tensor.numel()
 
 
+def current_stream_handle(device: torch.device) -> int:
+    """Return the handle of a GPU's current stream, 0 for its default stream."""
+    # What torch gives to code that it generates, in a tenth of the time that a Stream object takes.
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 def share_memory(tensors: Sequence[Tensor]) -> bool:
     """Tell whether the address ranges of two tensors overlap."""
     ranges = []

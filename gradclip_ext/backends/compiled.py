@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _extension
-from gradclip_ext.backends.base import TensorList, units_of
+from gradclip_ext.backends.base import TensorList, current_stream_handle, units_of
 from gradclip_ext.norms import REPORT, AdaptiveRule, Coefficient, Rule, on_device
 from gradclip_ext.segments import select
 
@@ -251,12 +251,9 @@ def _of_tensors(values: Tensor, native: Any) -> Tensor:
 
 def _current_stream(device: torch.device) -> tuple[int, bool]:
     """Return the handle of the current stream, and whether that stream lives as long as the process."""
-    # What torch gives code that it generates, for a tenth of the time that a Stream object takes.
-    handle = torch._C._cuda_getCurrentRawStream(device.index)
-    if handle == 0:
-        return 0, True
-    stream = torch.cuda.current_stream(device)
-    return stream.cuda_stream, stream.stream_id != stream.cuda_stream  # equal for a stream from elsewhere
+    handle = current_stream_handle(device)
+    # The default stream does; of others, the id of one that torch has not created is its handle.
+    return handle, handle == 0 or torch.cuda.current_stream(device).stream_id != handle
 
 
 def _why_unfit(index: int, reason: str) -> str:

@@ -298,15 +298,12 @@ def test_a_captured_call_uploads_its_table_once(
 
 
 def test_each_stream_has_a_workspace(log: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stream:
-        cuda_stream = 0
-
     device = torch.device("cpu")  # stands for a GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(memory, "current_stream_handle", lambda device: 0)
     first = memory._workspace(device, True)
     assert memory._workspace(device, True) is first
-    Stream.cuda_stream = 7
+    monkeypatch.setattr(memory, "current_stream_handle", lambda device: 7)
     assert memory._workspace(device, True) is not first
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     captured = memory._workspace(device, True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList
+from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList, current_stream_handle
 
 CHUNK_BYTES = 65536
 # float64 numbers per chunk that fit into the memory for partials.
@@ -223,5 +223,5 @@ def _current(device: torch.device) -> Iterator[bool]:
 def _workspace(device: torch.device, on_gpu: bool) -> Workspace:
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return Workspace(device, captured=True)
-    key = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    key = device, current_stream_handle(device) if on_gpu else 0
     return _workspaces.get(key) or _workspaces.setdefault(key, Workspace(device, captured=False))
