@@ -26,11 +26,9 @@ struct Clamp {
     return comparable(x) < comparable(low) || comparable(x) > comparable(high);
   }
   __device__ void apply(T& x) const {
-    if (comparable(x) < comparable(low)) {
-      x = low;
-    } else if (comparable(x) > comparable(high)) {
-      x = high;
-    }
+    const bool below = comparable(x) < comparable(low);
+    const bool above = comparable(x) > comparable(high);
+    x = below ? low : above ? high : x;
   }
 
   T low;

@@ -110,15 +110,17 @@ def test_what_old_toolkits_get_takes_small_parameters(compiled):
 def longest_bursts(listing, kernel):
     """Return, for each instance of a kernel in a SASS listing, its runs of 128-bit loads.
 
-    A run is broken by whatever is not a load or the integer arithmetic of its address.
+    A run is broken by whatever is not a load, the integer arithmetic of its address, or a move, of which
+    CS2R is one that sets two registers to 0.
     """
+    others = ("CS2R", "IADD", "IMAD", "ISETP", "LEA", "MOV", "UMOV", "NOP", "VIADD")
     instances = re.split(r"Function : ", listing)[1:]
     for text in (t for t in instances if f"{len(kernel)}{kernel}" in t.split("\n", 1)[0]):
         runs, run = [], 0
         for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", text):
             if opcode.startswith("LDG") and ".128" in opcode:
                 run += 1
-            elif not opcode.startswith(("IADD", "IMAD", "ISETP", "LEA", "MOV", "UMOV", "NOP", "VIADD")):
+            elif not opcode.startswith(others):
                 runs, run = [*runs, run], 0
         yield sorted([*runs, run], reverse=True)
 
