@@ -191,7 +191,7 @@ def _pieces(tensors: Sequence[Tensor], most: int, small: int, widened: bool = Fa
     if narrow:
         yield from _converted(narrow, most, together)
     for dtype, group in together.items():
-        for batch, numel in _portions(group):
+        for batch, numel in portions(group, _PIECE):
             joined = _joined(batch, numel)
             converted = widened and dtype not in _WIDE
             yield _kept("floats", torch.float32, numel).copy_(joined) if converted else joined
@@ -234,12 +234,12 @@ def _filled(memory: Tensor, parts: list[Tensor], sizes: list[int]) -> Tensor:
     return memory
 
 
-def _portions(tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
-    """Yield tensors in lists of up to _PIECE elements, with the number of these."""
+def portions(tensors: list[Tensor], most: int) -> Iterator[tuple[list[Tensor], int]]:
+    """Yield tensors, at least one, in lists of up to so many elements, with the number of these."""
     start = total = 0
     for index, tensor in enumerate(tensors):
         numel = tensor.numel()
-        if total + numel > _PIECE and total:
+        if total + numel > most and total:
             yield tensors[start:index], total
             start, total = index, 0
         total += numel

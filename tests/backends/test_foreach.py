@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import oracle
 import pytest
 import torch
 from cases import clones, random
 from oracle import parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradclip_ext
 from gradclip_ext.backends import base, foreach, foreach_cpu
@@ -58,6 +60,51 @@ def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(g) for g in foreach._batches([a, b, half], False)] == [1, 1, 1]
     overlapping = [a[:2], a[1:], b]
     assert [len(g) for g in foreach._batches(overlapping, True)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes, parts, alone",
+    [
+        ([(7,)] * 1_000, 1, 0),
+        ([(3,), (), (70, 3), (0,), (5_000,)], 1, 0),
+        ([(4_000,)] * 30, 3, 0),
+        ([(3,), (5_001,), (80, 80), (4,)], 1, 2),
+        ([(5_001,), (6_000,)], 0, 2),
+    ],
+)
+def test_halves_are_scaled_together_on_an_accelerator(
+    dtype: torch.dtype, sizes: list, parts: int, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, rounded once, in parts of 40,000 elements, and those of more than 5,000 each alone."""
+    monkeypatch.setattr(foreach, "_SMALL_HALF", 5_000)
+    monkeypatch.setattr(foreach, "_CONVERTED_HALVES", 40_000)
+    coef = torch.rand(())
+    grads = [random(*shape, dtype=dtype) for shape in sizes]
+    grads[0] = random(5, 4, dtype=dtype).t() if parts else grads[0]
+    expected = [(g.float() * coef).to(dtype) for g in grads]
+    seen = Operations()
+    with seen:
+        foreach._scale_halves_(grads, coef)
+    for grad, wanted in zip(grads, expected):
+        oracle.assert_same_bits(grad, wanted)
+    assert seen.names == ["_foreach_copy_", "mul_", "_foreach_copy_"] * parts + ["_foreach_mul_"] * (
+        alone > 0
+    )
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that torch is given and that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.endswith("_"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def halves() -> list[torch.Tensor]:
