@@ -122,10 +122,14 @@ sanitize-gpu: $(READY)
 	set -e; for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(RUN) -m pytest -m gpu tests/kernels/test_sanitized.py; done
 
+# What torch.nn.utils has comes first, in the two usual dtypes. Without foreach, which would take most of the time.
+GPU_BENCHMARK = $(RUN) -m benchmarks --full --cases all --impls cuda triton --resume --json $(GPU_OUT)/benchmark.jsonl
 measure-gpu: $(READY)
 	mkdir -p $(GPU_OUT)
+	$(GPU_BENCHMARK) --dtypes float32 bfloat16 --ops clip_grad_norm_ clip_grad_value_ get_total_norm
+	$(RUN) -m benchmarks.train --json $(GPU_OUT)/train.jsonl
 	$(RUN) -m benchmarks.gpu_design --json $(GPU_OUT)/design.json
-	$(RUN) -m benchmarks --cases all --dtypes float32 bfloat16 --json $(GPU_OUT)/benchmark.jsonl --resume
+	$(GPU_BENCHMARK)
 
 # With the real libraries, pinned, in an environment of its own.
 test-integrations: .venv-integrations/.ready
