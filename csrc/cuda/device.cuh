@@ -16,9 +16,9 @@
 namespace gradclip::cuda {
 namespace {
 
-// With one of these counters, the blocks of a norm determine which of them is the last. Each is 0
-// when the kernels are loaded and after every norm. They are static memory, which no allocator
-// reuses.
+// With one of these counters, the blocks of a norm determine which of them is the last, and those
+// of scale_kernel take runs of chunks. Each is 0 when the kernels are loaded and after every launch
+// that uses it. They are static memory, which no allocator reuses.
 constexpr int kArrivalCounters = 1024;
 __device__ unsigned arrival_counters[kArrivalCounters];
 

@@ -201,8 +201,7 @@ class CudaBackend:
         _extension.C.cuda_clip_adaptive_(*lists, *rule, scratch.data_ptr(), *_current_stream(grads.device))
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
-        stream, _ = _current_stream(tensors.device)
-        _extension.C.cuda_clamp_(tensors.native(), min, max, stream)
+        _extension.C.cuda_clamp_(tensors.native(), min, max, current_stream_handle(tensors.device))
 
 
 def _scratch(size: int, tensors: TensorList) -> Tensor:

@@ -163,14 +163,13 @@ def _scale_halves_(tensors: list[Tensor], clip_coef: Tensor) -> None:
     back together, by a launch for about a hundred of them each time.
     """
     if len(tensors) > 1 and not torch.compiler.is_compiling():  # then they have no gaps: see _batches
-        small = [t for t in tensors if t.numel() <= _SMALL_HALF]
-        for part, numel in portions(small, _CONVERTED_HALVES) if small else ():
-            flat = [view for t in part if (view := flat_view(t)) is not None]
+        small = [view for t in tensors if t.numel() <= _SMALL_HALF and (view := flat_view(t)) is not None]
+        for part, numel in portions(small, _CONVERTED_HALVES):
             memory = torch.empty(numel, dtype=torch.float32, device=clip_coef.device)
-            converted = memory.split([t.numel() for t in flat])
-            torch._foreach_copy_(converted, flat)
+            converted = memory.split([t.numel() for t in part])
+            torch._foreach_copy_(converted, part)
             memory.mul_(clip_coef)
-            torch._foreach_copy_(flat, converted)
+            torch._foreach_copy_(part, converted)
         tensors = [t for t in tensors if t.numel() > _SMALL_HALF]
     if with_dims := [tensor for tensor in tensors if tensor.dim() > 0]:
         torch._foreach_mul_(with_dims, [clip_coef.reshape(1)] * len(with_dims))

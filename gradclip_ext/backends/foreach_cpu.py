@@ -235,7 +235,7 @@ def _filled(memory: Tensor, parts: list[Tensor], sizes: list[int]) -> Tensor:
 
 
 def portions(tensors: list[Tensor], most: int) -> Iterator[tuple[list[Tensor], int]]:
-    """Yield tensors, at least one, in lists of up to so many elements, with the number of these."""
+    """Yield tensors in lists of up to so many elements, with the number of these."""
     start = total = 0
     for index, tensor in enumerate(tensors):
         numel = tensor.numel()
@@ -243,7 +243,8 @@ def portions(tensors: list[Tensor], most: int) -> Iterator[tuple[list[Tensor], i
             yield tensors[start:index], total
             start, total = index, 0
         total += numel
-    yield tensors[start:], total
+    if tensors:
+        yield tensors[start:], total
 
 
 def _joined(tensors: list[Tensor], numel: int) -> Tensor:

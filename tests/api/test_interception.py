@@ -11,13 +11,13 @@ import oracle
 import pytest
 import torch
 from cases import Target, clones, random
+from dispatch import RecordDispatch
 from oracle import parameter
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradclip_ext
@@ -48,18 +48,6 @@ class Record(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.names.append(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
-
-
-class RecordDispatch(TorchDispatchMode):
-    """Records the operations that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import oracle
 import pytest
 import torch
 from cases import clones, random
+from dispatch import RecordDispatch
 from oracle import parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradclip_ext
 from gradclip_ext.backends import base, foreach, foreach_cpu
@@ -83,28 +82,13 @@ def test_halves_are_scaled_together_on_an_accelerator(
     grads = [random(*shape, dtype=dtype) for shape in sizes]
     grads[0] = random(5, 4, dtype=dtype).t() if parts else grads[0]
     expected = [(g.float() * coef).to(dtype) for g in grads]
-    seen = Operations()
-    with seen:
+    with RecordDispatch() as recorded:
         foreach._scale_halves_(grads, coef)
     for grad, wanted in zip(grads, expected):
         oracle.assert_same_bits(grad, wanted)
-    assert seen.names == ["_foreach_copy_", "mul_", "_foreach_copy_"] * parts + ["_foreach_mul_"] * (
-        alone > 0
-    )
-
-
-class Operations(TorchDispatchMode):
-    """Lists the operations that torch is given and that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name.endswith("_"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+    changes = [name.split(".")[1] for name in recorded.names if "_." in name]
+    together = ["_foreach_copy_", "mul_", "_foreach_copy_"]
+    assert changes == parts * together + (["_foreach_mul_"] if alone else [])
 
 
 def halves() -> list[torch.Tensor]:
