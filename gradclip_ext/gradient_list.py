@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip_ext.backends import FOREACH, foreach
+from gradclip_ext.backends import FOREACH, foreach_cpu
 from gradclip_ext.backends.base import Backend, TensorList, are_contiguous, has_flat_units, is_regular
 from gradclip_ext.norms import (
     REPORT,
@@ -180,7 +180,7 @@ class GradientList:
         self._bump_versions()
         for backend, tensors in self._written:
             moved = on_device(factor, tensors.device)
-            if not foreach.host_sees(moved):
+            if not foreach_cpu.host_sees(moved):
                 FOREACH.scale_(tensors, moved)
             elif not moved.item() > 1.0:
                 backend.scale_(tensors, moved)

@@ -12,7 +12,7 @@ import torch
 from cases import SEED, Target, targets
 
 from gradclip_ext import _extension
-from gradclip_ext.backends import foreach
+from gradclip_ext.backends import foreach_cpu
 
 hypothesis.settings.register_profile(
     "gradclip_ext",
@@ -65,7 +65,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every backend on every device where it is available, and the special ways of using some."""
     target: Target = request.param
     if target.way == "blind":
-        monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)
+        monkeypatch.setattr(foreach_cpu, "host_sees", lambda tensor: False)
     if target.way == "columns":
         monkeypatch.setattr(_extension.C, "CAN_READ", False)
     return target

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from gradclip_ext.backends import foreach_cpu
+from gradclip_ext.backends import foreach_adaptive, foreach_cpu
 from gradclip_ext.backends.base import TensorList, flat_view, share_memory
 from gradclip_ext.backends.foreach_cpu import SMALL, portions
 from gradclip_ext.interception import is_intercepted
@@ -50,7 +50,7 @@ class ForeachBackend:
     def norm(
         self, tensors: TensorList, norm_type: float, rule: Rule, dtype: torch.dtype
     ) -> tuple[Tensor, Coefficient]:
-        if host_sees(tensors.tensors[0]):
+        if foreach_cpu.host_sees(tensors.tensors[0]):
             norm = foreach_cpu.joint_norm(tensors.tensors, norm_type, SMALL if self._batched else 0)
         else:
             with_elements = [t for t in tensors.tensors if t.numel() > 0]
@@ -69,7 +69,7 @@ class ForeachBackend:
         if clip_coef.dim():
             for tensor, coef in zip(scaled, clip_coef.unbind()):
                 _scale_([tensor], coef, may_zero)
-        elif not (host_sees(clip_coef) and clip_coef.item() >= 1.0):
+        elif not (foreach_cpu.host_sees(clip_coef) and clip_coef.item() >= 1.0):
             for group in _batches(scaled, self._batched):
                 _scale_(group, clip_coef, may_zero)
 
@@ -79,39 +79,31 @@ class ForeachBackend:
         return norms
 
     def statistics(self, tensors: TensorList, norm_type: float) -> Tensor:
-        norms, wide = self._norms(tensors, norm_type), widest_dtype(tensors.device)
-        with_elements = [norm for norm, t in zip(norms.unbind(), tensors.tensors) if t.numel() > 0]
+        listed, wide = tensors.tensors, widest_dtype(tensors.device)
+        norms = self._norms(tensors, norm_type)
+        with_elements = [norm for norm, t in zip(norms.unbind(), listed) if t.numel() > 0]
         total = combine_norms(with_elements, norm_type) if with_elements else norms.new_zeros(())
-        zeros = torch.stack([t.numel() - torch.count_nonzero(t) for t in tensors.tensors])
         largest = norms if norm_type == math.inf else self._norms(tensors, math.inf)
-        if host_sees(largest) and largest.isfinite().all():
+        if foreach_cpu.host_sees(largest):
+            numels = torch.tensor([t.numel() for t in listed], device="cpu")
+            zeros = numels - torch.stack([torch.count_nonzero(t) for t in listed])
             nonfinite = torch.zeros_like(zeros)
+            if not largest.isfinite().all():
+                nonfinite = numels - torch.stack([torch.isfinite(t).sum() for t in listed])
         else:
-            nonfinite = torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors.tensors])
+            zeros = torch.stack([t.numel() - torch.count_nonzero(t) for t in listed])
+            nonfinite = torch.stack([t.numel() - torch.isfinite(t).sum() for t in listed])
         return torch.cat([total.reshape(1), norms, largest, zeros.to(wide), nonfinite.to(wide)])
 
     def _norms(self, tensors: TensorList, norm_type: float) -> Tensor:
         """Return the norm of each tensor in float64, 0 without elements."""
-        if not host_sees(tensors.tensors[0]):
-            return torch.stack(_device_norms(tensors.tensors, norm_type, self._batched))
-        none = torch.zeros((), dtype=torch.float64, device="cpu")
-        small = SMALL if self._batched else 0
-        return torch.stack(
-            [foreach_cpu.joint_norm([t], norm_type, small) if t.numel() else none for t in tensors.tensors]
-        )
+        if foreach_cpu.host_sees(tensors.tensors[0]):
+            return foreach_cpu.norms(tensors.tensors, norm_type, SMALL if self._batched else 0)
+        return torch.stack(_device_norms(tensors.tensors, norm_type, self._batched))
 
     def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
-        for grad, weight in zip(grads.tensors, weights.tensors):
-            if grad.numel() == 0:
-                continue
-            norm, weight_norm = (_unit_norms(t, rule.norm_type) for t in (grad, weight))
-            coef = rule.clip_coef(norm, weight_norm)
-            if host_sees(coef) and (coef == 1.0).all():
-                continue
-            if grad.dtype not in (torch.float64, torch.complex128):
-                coef = coef.to(torch.float32)  # torch would multiply in float64, several times slower
-            # Not a 0-d tensor, which would be rounded to the gradient's dtype first.
-            grad.copy_(grad * coef) if grad.dim() == 0 else grad.mul_(coef)
+        small = SMALL if self._batched else 0
+        foreach_adaptive.clip_adaptive_(grads.tensors, weights.tensors, rule, small)
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         for group in _batches(tensors.tensors, self._batched):
@@ -120,7 +112,7 @@ class ForeachBackend:
                 continue
             # foreach has no clamp with two bounds: its two passes pay off where calls cost more than bytes,
             # which on the CPU means small tensors.
-            most = SMALL if host_sees(group[0]) else math.inf
+            most = SMALL if foreach_cpu.host_sees(group[0]) else math.inf
             together = [g for g in group if g.numel() <= most]
             if together:
                 torch._foreach_clamp_min_(together, min)
@@ -132,7 +124,7 @@ class ForeachBackend:
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
     """Multiply by a 0-d coefficient. As a Python number it would be rounded to bfloat16 along with the
     gradient and cost four times the host time."""
-    if host_sees(clip_coef) and not 0.0 <= (coef := clip_coef.item()) < 1.0:
+    if foreach_cpu.host_sees(clip_coef) and not 0.0 <= (coef := clip_coef.item()) < 1.0:
         if coef >= 1.0:
             return
         if coef < 0.0:
@@ -146,7 +138,7 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
         torch._foreach_mul_(wide, clip_coef)
     elif wide:
         wide[0].mul_(clip_coef)
-    if may_zero and not host_sees(clip_coef):
+    if may_zero and not foreach_cpu.host_sees(clip_coef):
         for tensor in tensors:  # the product may be NaN
             tensor.masked_fill_(clip_coef < 0.0, 0.0)
 
@@ -183,10 +175,6 @@ def _without_complex32(tensor: Tensor) -> Tensor:
     if tensor.dtype is not torch.complex32 or tensor.layout is not torch.strided:
         return tensor
     return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-
-
-def host_sees(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not is_intercepted()
 
 
 # ---------------------------------------------------------------- norms
@@ -228,22 +216,6 @@ def _device_norms(tensors: Sequence[Tensor], p: float, batched: bool) -> list[Te
     return [norm.ne(0.0).to(wide) for norm in in_order] if p == 0.0 else in_order
 
 
-def _unit_norms(tensor: Tensor, p: float) -> Tensor:
-    """Return the norm of each slice along dimension 0 (of all, below two dimensions), in float64, with the
-    dimensions of the tensor."""
-    dims = list(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
-    wide = widest_dtype(tensor.device)
-    if tensor.is_complex():
-        tensor = tensor.to(torch.complex64 if wide == torch.float32 else torch.complex128).abs()
-    if tensor.dtype != torch.float64 or math.isinf(p) or p == 0.0:
-        norms: Tensor = torch.linalg.vector_norm(tensor, p, dims, keepdim=True, dtype=wide)
-        return norms
-    # Powers of float64 numbers may leave the range; those of ratios to the dominant one do not.
-    dominant = torch.linalg.vector_norm(tensor, math.copysign(math.inf, p), dims, keepdim=True)
-    norm = dominant * torch.linalg.vector_norm(tensor / dominant, p, dims, keepdim=True)
-    return torch.where((dominant > 0.0) & (dominant < math.inf), norm, dominant)
-
-
 def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
     """Return the groups that one foreach call may take, so that no tensor slows the rest down.
 
@@ -254,7 +226,7 @@ def _batches(tensors: Sequence[Tensor], batched: bool) -> list[list[Tensor]]:
     """
     if len(tensors) <= 1:
         return [[t] for t in tensors]
-    if batched and (torch.compiler.is_compiling() or host_sees(tensors[0])):
+    if batched and (torch.compiler.is_compiling() or foreach_cpu.host_sees(tensors[0])):
         return [list(tensors)]
     if not batched or is_intercepted() or share_memory(tensors):
         return [[t] for t in tensors]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext.backends.base import flat_view
+from gradclip_ext.interception import is_intercepted
 
 # Elements of one row of a float32 reduction. torch keeps 8 running sums a row, so 64 roundings
 # follow one another: at worst 64/2 * 2^-24 of a sum of squares, half of that (9.5e-7) of a norm.
@@ -37,7 +38,14 @@ _FEW = 1 << 12
 # at most 2^-126 = 1.2e-38, a share of 1.2e-7 of such a mean. Likewise 2^-1022 for float64.
 _LEAST_MEAN_FLOAT32 = 1e-31
 _LEAST_MEAN_FLOAT64 = 1e-300
+# Dtypes whose squares float64 holds, so that no sum of them leaves the range.
+_SQUARED_IN_FLOAT64 = {torch.float32, torch.bfloat16, torch.float16}
 _WIDE = {torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128}
+
+
+def host_sees(tensor: Tensor) -> bool:
+    """Tell whether the host may decide by the values of a tensor, without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_intercepted()
 
 
 def joint_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
@@ -60,6 +68,32 @@ def joint_norm(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
     if not least <= mean < math.inf:
         return _rescaled_norm(tensors, p, small)
     return _scalar(math.sqrt(total)) if p == 2.0 else _scalar(total).pow(1.0 / p)
+
+
+def norms(tensors: Sequence[Tensor], p: float, small: int) -> Tensor:
+    """Return the norm of each tensor as :func:`joint_norm` computes it, 0 without elements, as a float64
+    vector. Where it is the square root of one sum in float64, one call sums up to ``small`` elements each."""
+    found = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+    together: list[int] = []
+    for index, tensor in enumerate(tensors):
+        numel, dtype = tensor.numel(), tensor.dtype
+        if p == 2.0:
+            is_quick = numel <= min(small, _FEW) and dtype in _SQUARED_IN_FLOAT64
+        else:
+            is_quick = p == math.inf and not dtype.is_complex
+        if is_quick and numel > 0:
+            together.append(index)
+        elif numel > 0:
+            found[index] = joint_norm([tensor], p, small)
+    if not together:
+        return found
+    listed = [tensors[i] for i in together]
+    if p == 2.0:
+        found[together] = torch.stack(torch._foreach_norm(listed, p, dtype=torch.float64))
+    else:
+        lows, highs = zip(*map(torch.aminmax, listed))
+        found[together] = torch.maximum(torch.stack(lows).abs(), torch.stack(highs).abs()).double()
+    return found
 
 
 def _scalar(number: float) -> Tensor:

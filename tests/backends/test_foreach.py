@@ -13,7 +13,8 @@ from dispatch import RecordDispatch
 from oracle import parameter
 
 import gradclip_ext
-from gradclip_ext.backends import base, foreach, foreach_cpu
+from gradclip_ext import reference
+from gradclip_ext.backends import base, foreach, foreach_adaptive, foreach_cpu
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_interleaved_slices_share_a_range() -> None:
 
 def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """foreach=False where the host sees nothing: the loop and the strategy for accelerators together."""
-    monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)
+    monkeypatch.setattr(foreach_cpu, "host_sees", lambda tensor: False)
     for norm_type in (0.0, 0.5, 1.0, 2.0, 3.0, math.inf, -math.inf):
         grads = [random(6, 4)[::2], random(7), random(5, dtype=torch.complex64), random(), random(0, 2)]
         before = clones(grads)
@@ -50,7 +51,7 @@ def test_one_tensor_at_a_time_for_an_accelerator(monkeypatch: pytest.MonkeyPatch
 
 def test_groups_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """One dtype and no gaps per launch; irregular tensors go alone and do not slow down the others."""
-    monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)
+    monkeypatch.setattr(foreach_cpu, "host_sees", lambda tensor: False)
     a, b = random(3), random(4)
     half = random(5, dtype=torch.bfloat16)
     gaps, z = random(6, 2)[:, 0], random(2, dtype=torch.complex64)
@@ -149,3 +150,46 @@ def test_memory_for_halves_outlives_inference_mode() -> None:
     with ThreadPoolExecutor(2) as pool:  # threads that have no such memory yet
         found = [future.result() for future in [pool.submit(first_in_inference_mode) for _ in range(2)]]
     assert found == [[norm()] * 2] * 2
+
+
+def adaptive_params(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(random(*shape, dtype=dtype) * 10) for shape in shapes]
+    for param in params:
+        param.grad = random(*param.shape, dtype=dtype) * torch.rand((), dtype=torch.float32).to(dtype)
+    return params
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_adaptive_clipping_of_many_pieces(
+    norm_type: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of several pieces, with units of less and of more than one; small ones joined by shape."""
+    monkeypatch.setattr(foreach_adaptive, "_CONVERTED", 60)
+    monkeypatch.setattr(foreach, "SMALL", 30)
+    params = adaptive_params([(), (), (7,), (3, 5), (61,), (200,), (41, 3), (3, 2, 50), (2, 20)] * 7, dtype)
+    params += [torch.nn.Parameter(random(30, 6, dtype=dtype).t()), torch.nn.Parameter(random(0, dtype=dtype))]
+    params[-2].grad, params[-1].grad = random(30, 6, dtype=dtype).t(), random(0, dtype=dtype)
+    grads = [p.grad for p in params if p.grad is not None]
+    weights = [p.detach() for p in params]
+    expected = reference.adaptive_clip(grads, weights, 0.05, 1e-3, norm_type)
+    gradclip_ext.adaptive_clip_grad_(params, 0.05, norm_type=norm_type, backend="foreach")
+    # float32: half an eps for the coefficient and for the product; float64: the norm's powers as well.
+    rtol = 1e-13 if dtype is torch.float64 else 1.2e-7 + torch.finfo(dtype).eps
+    for grad, wanted in zip(grads, expected, strict=True):
+        tiny = torch.finfo(dtype).smallest_normal
+        torch.testing.assert_close(grad, wanted.to(dtype), rtol=rtol, atol=tiny)
+
+
+def test_small_tensors_of_one_shape_are_clipped_together() -> None:
+    """By as many operations as a few would take, besides the copies there and back."""
+
+    def operations(count: int) -> int:
+        params = adaptive_params([(5, 3), (8,)] * count, torch.float32)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            gradclip_ext.adaptive_clip_grad_(params, 0.0, backend="foreach")
+        names = [event.name for event in recorded.events()]
+        assert names.count("aten::_foreach_copy_") == 2
+        return names.count("aten::linalg_vector_norm") + names.count("aten::mul_")
+
+    assert operations(2) == operations(100) == 6

@@ -30,7 +30,7 @@ from triton_inputs import (
 
 import gradclip_ext
 from gradclip_ext import reference
-from gradclip_ext.backends import foreach
+from gradclip_ext.backends import foreach_cpu
 from gradclip_ext.backends.base import TensorList
 from gradclip_ext.backends.triton import memory
 from gradclip_ext.norms import REPORT, Rule
@@ -107,7 +107,7 @@ def test_norm_and_coefficient_of_one_kernel(p: float) -> None:
 
 def test_a_coefficient_is_right_for_any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two gradients that overlap beside one listed twice: Triton takes the norm and foreach scales."""
-    monkeypatch.setattr(foreach, "host_sees", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(foreach_cpu, "host_sees", lambda tensor: False)  # as on a GPU
     base, twice = torch.randn(100), torch.randn(5)
     grads = [base[:60], base[40:], twice, twice]
     params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
