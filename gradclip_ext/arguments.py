@@ -149,6 +149,18 @@ def as_total_norm(value: Any) -> Tensor:
     return value
 
 
+def not_negative(total_norm: Tensor) -> Tensor:
+    """Return a norm, or norms, of which none is negative; NaN may be."""
+    if total_norm.is_cpu and not is_intercepted():
+        if (total_norm < 0.0).any():
+            raise ValueError(
+                f"total_norm must be 0 or more, as a norm is, got {total_norm.amin().item()}: pass what "
+                "get_total_norm returns"
+            )
+        return total_norm
+    return as_floating(total_norm).clamp(min=0.0)
+
+
 def all_tensors(name: str, tensors: Sequence[Any]) -> list[Tensor]:
     """Return ``tensors`` if every element is a Tensor."""
     if not all(isinstance(t, Tensor) for t in tensors):

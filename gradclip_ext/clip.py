@@ -233,15 +233,15 @@ def clip_grads_with_norm_(
         total_norm: real tensor on any device, with one element or, of shape [T], a norm for each
             parameter; half types and integers become float32 first. T counts the parameters in the order
             given, a tied one once, and those without a gradient. A DTensor is made whole, which
-            communicates unless it is replicated.
+            communicates unless it is replicated. On an accelerator, a negative value acts as 0.
         foreach: as in :func:`clip_grad_norm_`.
         zero_if_nonfinite: set gradients to +0.0 where their norm is NaN or infinite.
         backend: as in :func:`clip_grad_norm_`.
 
     Raises:
         TypeError: total_norm is not a real tensor; otherwise as :func:`clip_grad_norm_`.
-        ValueError: total_norm or max_norm has neither one nor T elements; otherwise as
-            :func:`clip_grad_norm_`.
+        ValueError: total_norm or max_norm has neither one nor T elements, or total_norm is negative (where
+            the host can see it); otherwise as :func:`clip_grad_norm_`.
         NotImplementedError: a tensor subclass belongs to torch's function, which takes one norm and a
             number as max_norm only.
 
@@ -274,7 +274,7 @@ def clip_grads_with_norm_(
             number = rule.as_torch_takes_it(total_norm)
             _torch_functions.clip_grads_with_norm_(listed, number, total_norm, foreach)
         elif gradients.tensors:
-            clip_coef = rule.clip_coef(total_norm)
+            clip_coef = rule.clip_coef(arguments.not_negative(total_norm))
             if segments is not None and isinstance(clip_coef, Tensor):
                 clip_coef = segments.of_gradients(clip_coef, len(gradients.tensors))
             gradients.scale_(clip_coef, rule.zero_if_nonfinite)

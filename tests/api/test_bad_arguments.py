@@ -87,6 +87,9 @@ BAD_TOTAL_NORMS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "three elements": (torch.ones(3), ValueError, (r"shape \(3,\)", "one element", "2 parameters")),
     "matrix": (torch.ones(2, 3), ValueError, (r"shape \(2, 3\)", "one element")),
     "complex": (torch.tensor(1j), TypeError, ("torch.complex64", "real", r"abs\(\)")),
+    "negative": (torch.tensor(-1.5), ValueError, ("total_norm", "0 or more", "-1.5", "get_total_norm")),
+    "one negative": (torch.tensor([2.0, -3.0]), ValueError, ("total_norm", "0 or more", "-3.0")),
+    "negative integer": (torch.tensor(-1), ValueError, ("total_norm", "0 or more", "-1")),
 }
 
 

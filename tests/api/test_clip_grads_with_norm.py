@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import oracle
 import pytest
 import torch
 from cases import CONTAINERS, Target, clones, grads_of, layout_cases, over_dtypes, random
+from dispatch import RecordDispatch
 from oracle import parameter
 
 import gradclip_ext
@@ -74,6 +76,20 @@ def test_special_norms_act_as_in_torch(backend: Target, value: float) -> None:
     for one, other in zip(ours, theirs):
         oracle.assert_same_specials(one.grad, other.grad)
         oracle.assert_within_ulps(one.grad.cpu(), other.grad.cpu(), 0)
+
+
+@pytest.mark.parametrize("zero_if_nonfinite", [False, True])
+def test_negative_norm_that_the_host_cannot_see(backend: Target, zero_if_nonfinite: bool) -> None:
+    """It acts as 0: nothing is clipped, no sign flipped and nothing set to 0."""
+    params = backend.parameters((30,), (4, 5))
+    before = clones(grads_of(params))
+    for norm in (torch.tensor(-1.0), torch.tensor([-1.0, -7.0])):
+        with RecordDispatch() if backend.device == "cpu" else nullcontext():
+            backend.clip_grads_with_norm_(
+                params, 1.0, norm.to(backend.device), zero_if_nonfinite=zero_if_nonfinite
+            )
+        for grad, old in zip(grads_of(params), before):
+            oracle.assert_same_bits(grad, old)
 
 
 def test_norm_is_left_alone(backend: Target) -> None:

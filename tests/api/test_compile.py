@@ -53,7 +53,7 @@ FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
     "a norm for each": lambda ps: gradclip_ext.clip_grads_with_norm_(
         [*ps, ps[0], FROZEN],
         1.0,
-        torch.stack([*(p.grad.abs().sum() for p in ps), ps[0].grad.sum()]),
+        torch.stack([*(p.grad.abs().sum() for p in ps), ps[0].grad.norm()]),
     ),
     "per_tensor": lambda ps: gradclip_ext.clip_grad_norm_([*ps, ps[0]], 1.0, per_tensor=True),
     "per_tensor with a function": lambda ps: gradclip_ext.clip_grad_norm_(
