@@ -184,6 +184,27 @@ def current_stream_handle(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+# (device index, handle) of the streams that torch has created and never destroys.
+_pool_streams: set[tuple[int, int]] = set()
+
+
+def current_stream(device: torch.device) -> tuple[int, bool]:
+    """Return the handle of a GPU's current stream, and whether that stream lives as long as the process.
+
+    A handle is no name of a stream that may be destroyed: a new stream may get it while kernels of the old
+    one still run.
+    """
+    handle = current_stream_handle(device)
+    key = device.index, handle
+    if handle == 0 or key in _pool_streams:
+        return handle, True
+    # The id of a stream that torch has not created is its handle.
+    lives_on = torch.cuda.current_stream(device).stream_id != handle
+    if lives_on:
+        _pool_streams.add(key)
+    return handle, lives_on
+
+
 def share_memory(tensors: Sequence[Tensor]) -> bool:
     """Tell whether the address ranges of two tensors overlap."""
     ranges = []

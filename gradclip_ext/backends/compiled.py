@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _extension
-from gradclip_ext.backends.base import TensorList, current_stream_handle, units_of
+from gradclip_ext.backends.base import TensorList, current_stream, current_stream_handle, units_of
 from gradclip_ext.norms import REPORT, AdaptiveRule, Coefficient, Rule, on_device
 from gradclip_ext.segments import select
 
@@ -135,7 +135,7 @@ class CudaBackend:
             norm.data_ptr(),
             clip_coef.data_ptr(),
             scratch.data_ptr(),
-            *_current_stream(tensors.device),
+            *current_stream(tensors.device),
         )
         return norm, clip_coef
 
@@ -184,13 +184,13 @@ class CudaBackend:
             norms is not None and norms.dtype is torch.float64,
             *(0 if t is None else t.data_ptr() for t in (norms, coefs, statistics)),
             scratch.data_ptr(),
-            *_current_stream(tensors.device),
+            *current_stream(tensors.device),
         )
 
     def _enqueue_scale(self, tensors: TensorList, coefs: Tensor) -> None:
         """Scale by a 0-d tensor, or each tensor that has elements by its own number."""
         is_float64 = coefs.dtype is torch.float64
-        stream = _current_stream(tensors.device)
+        stream = current_stream(tensors.device)
         _extension.C.cuda_scale_(tensors.native(), coefs.data_ptr(), is_float64, coefs.dim(), *stream)
 
     def clip_adaptive_(self, grads: TensorList, weights: TensorList, rule: AdaptiveRule) -> None:
@@ -198,7 +198,7 @@ class CudaBackend:
         if not lists[0].has_elements:
             return
         scratch = _scratch(_extension.C.cuda_adaptive_scratch_bytes(*lists), grads)
-        _extension.C.cuda_clip_adaptive_(*lists, *rule, scratch.data_ptr(), *_current_stream(grads.device))
+        _extension.C.cuda_clip_adaptive_(*lists, *rule, scratch.data_ptr(), *current_stream(grads.device))
 
     def clamp_(self, tensors: TensorList, min: float, max: float) -> None:
         _extension.C.cuda_clamp_(tensors.native(), min, max, current_stream_handle(tensors.device))
@@ -246,13 +246,6 @@ def _of_tensors(values: Tensor, native: Any) -> Tensor:
     empty, indices = set(native.empty), count()
     tensors = values.shape[-1] + len(empty)
     return select(values, [None if i in empty else next(indices) for i in range(tensors)])
-
-
-def _current_stream(device: torch.device) -> tuple[int, bool]:
-    """Return the handle of the current stream, and whether that stream lives as long as the process."""
-    handle = current_stream_handle(device)
-    # The default stream does; of others, the id of one that torch has not created is its handle.
-    return handle, handle == 0 or torch.cuda.current_stream(device).stream_id != handle
 
 
 def _why_unfit(index: int, reason: str) -> str:

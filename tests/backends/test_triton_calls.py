@@ -300,11 +300,14 @@ def test_a_captured_call_uploads_its_table_once(
 def test_each_stream_has_a_workspace(log: list, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")  # stands for a GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(memory, "current_stream_handle", lambda device: 0)
+    monkeypatch.setattr(memory, "current_stream", lambda device: (0, True))
     first = memory._workspace(device, True)
     assert memory._workspace(device, True) is first
-    monkeypatch.setattr(memory, "current_stream_handle", lambda device: 7)
-    assert memory._workspace(device, True) is not first
+    monkeypatch.setattr(memory, "current_stream", lambda device: (7, True))
+    second = memory._workspace(device, True)
+    assert second is not first and memory._workspace(device, True) is second
+    monkeypatch.setattr(memory, "current_stream", lambda device: (7, False))
+    assert memory._workspace(device, True) is not memory._workspace(device, True) is not second
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     captured = memory._workspace(device, True)
     assert captured._captured and memory._workspace(device, True) is not captured

@@ -70,12 +70,14 @@ struct Event {
 };
 
 inline auto& streams = *new std::vector<Stream*>;
-/// The device of the driver's current context, -1 without one; and the device that torch's runtime
-/// has chosen, which is the current device if there is no context.
+/// The driver's current context, -1 without one; and the device that torch's runtime has chosen,
+/// which is the current device if there is no context. Context d is the primary one of device d,
+/// kDevices + d a green one, with a default stream of its own.
+constexpr int kContexts = 2 * kDevices;
 inline thread_local int context = -1, chosen_device = 0;
 inline thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGlobal;
 
-inline int current_device() { return context >= 0 ? context : chosen_device; }
+inline int current_device() { return context >= 0 ? context % kDevices : chosen_device; }
 
 inline Stream* new_stream(int device) {
   streams.push_back(new Stream{device});
@@ -83,9 +85,11 @@ inline Stream* new_stream(int device) {
 }
 
 inline Stream* stream_of(cudaStream_t handle) {
-  static Stream* const defaults[kDevices] = {new_stream(0), new_stream(1)};
+  static Stream* const defaults[kContexts] = {new_stream(0), new_stream(1), new_stream(0),
+                                              new_stream(1)};
   const bool is_default = reinterpret_cast<uintptr_t>(handle) <= 2;  // null, legacy, per thread
-  return is_default ? defaults[current_device()] : reinterpret_cast<Stream*>(handle);
+  return is_default ? defaults[context >= 0 ? context : chosen_device]
+                    : reinterpret_cast<Stream*>(handle);
 }
 
 inline void run_until(Stream* stream, uint64_t after) {

@@ -31,7 +31,7 @@ cudaError_t wanted_failure(const char* function) {
 
 int not_supported() { return 801; }  // CUDA_ERROR_NOT_SUPPORTED
 
-char contexts[kDevices];
+char contexts[kContexts];
 
 thread_local std::vector<std::tuple<dim3, dim3, size_t, cudaStream_t>> configurations;
 
@@ -43,6 +43,11 @@ extern "C" {
 void cudaEmulatorFail(const char* function, int times, int error) {
   LOCKED;
   failures[function] = {times, static_cast<cudaError_t>(error)};
+}
+
+/// For tests: makes a device's green context the current one, or its primary one.
+void cudaEmulatorSetGreen(int device, bool is_green) {
+  context = is_green ? kDevices + device : device;
 }
 
 // ---------------------------------------------------------------- code
@@ -124,8 +129,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
   return cudaSuccess;
 }
 
-// The functions of the driver that torch calls. A context is the address of a device's entry in
-// `contexts`.
+// The functions of the driver that torch and the package call. A context is the address of its
+// entry in `contexts`.
 int cuCtxGetCurrent(void** current) {
   *current = context < 0 ? nullptr : &contexts[context];
   return 0;
@@ -133,6 +138,10 @@ int cuCtxGetCurrent(void** current) {
 int cuCtxSetCurrent(void* wanted) {
   context = wanted == nullptr ? -1 : static_cast<int>(static_cast<char*>(wanted) - contexts);
   return 0;
+}
+int cuCtxGetDevice(int* device) {
+  *device = current_device();
+  return context < 0 ? 201 : 0;  // CUDA_ERROR_INVALID_CONTEXT
 }
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   *flags = 0;

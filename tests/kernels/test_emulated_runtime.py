@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,6 +43,38 @@ def test_another_stream_is_not_waited_for() -> None:
     assert on_cpu(norm) != pytest.approx(expected)
     torch.cuda.current_stream().wait_stream(stream)
     assert norm.item() == pytest.approx(expected)
+
+
+@pytest.fixture
+def green_context() -> Iterator[None]:
+    runtime = importlib.import_module("sitecustomize").RUNTIME
+    torch.cuda.synchronize()
+    runtime.cudaEmulatorSetGreen(0, True)
+    yield
+    torch.cuda.synchronize()
+    runtime.cudaEmulatorSetGreen(0, False)
+
+
+def test_a_green_context_keeps_its_default_stream(green_context: None) -> None:
+    """That of the primary context has the same handle, but torch's operations do not go there."""
+    param = parameter(torch.full((70_000,), 1.0, device="cuda"))
+    for _ in range(3):
+        param.grad.fill_(2.0)
+        norm = gradclip_ext.clip_grad_norm_(param, 35_000.0, 1.0, backend="cuda")
+        torch.cuda.current_stream().synchronize()
+        on_cpu = importlib.import_module("sitecustomize").on_cpu
+        assert on_cpu(norm).item() == 140_000.0
+        assert on_cpu(param.grad).unique().item() == pytest.approx(0.5)
+
+
+def test_the_counter_of_a_default_stream_is_not_that_of_a_green_one(green_context: None) -> None:
+    """Two norms may run at once there, so each clears a counter of its own."""
+    runtime = importlib.import_module("sitecustomize").RUNTIME
+    grads = [torch.full((70_000,), 2.0, device="cuda")]
+    runtime.cudaEmulatorFail(b"cudaMemsetAsync", 1, 2)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        gradclip_ext.get_total_norm(grads, backend="cuda")
+    assert gradclip_ext.get_total_norm(grads, 1.0, backend="cuda").item() == 140_000.0
 
 
 WRITES_TOO_FAR = """
@@ -127,8 +160,8 @@ def external_stream() -> torch.cuda.ExternalStream:
 
 def set_pool_stream(monkeypatch: pytest.MonkeyPatch, is_pool_stream: bool) -> None:
     """Let every stream count as one that lives as long as the process, or none."""
-    find = compiled._current_stream
-    monkeypatch.setattr(compiled, "_current_stream", lambda device: (find(device)[0], is_pool_stream))
+    find = compiled.current_stream
+    monkeypatch.setattr(compiled, "current_stream", lambda device: (find(device)[0], is_pool_stream))
 
 
 @pytest.mark.parametrize("is_pool_stream", [True, False])

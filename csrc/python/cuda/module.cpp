@@ -39,16 +39,22 @@ void check(cudaError_t error) {
   throw CudaError(error);
 }
 
-/// The driver's two functions that a DeviceGuard needs; null without a driver.
+/// The driver's functions that a DeviceGuard needs; null without a driver.
 struct Driver {
   int (*get_context)(void** context) = nullptr;
   int (*set_context)(void* context) = nullptr;
+  int (*get_device)(int* device) = nullptr;  // of the current context
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_LAZY);  // the name that the CUDA runtime asks for
     if (library == nullptr) return;
     get_context = reinterpret_cast<decltype(get_context)>(dlsym(library, "cuCtxGetCurrent"));
     set_context = reinterpret_cast<decltype(set_context)>(dlsym(library, "cuCtxSetCurrent"));
+    get_device = reinterpret_cast<decltype(get_device)>(dlsym(library, "cuCtxGetDevice"));
+  }
+
+  bool is_complete() const {
+    return get_context != nullptr && set_context != nullptr && get_device != nullptr;
   }
 
   static const Driver& instance() {
@@ -65,17 +71,26 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     const Driver& driver = Driver::instance();
-    knows_before_ = driver.get_context != nullptr && driver.set_context != nullptr &&
-                    driver.get_context(&before_) == 0;
+    knows_before_ = driver.is_complete() && driver.get_context(&before_) == 0;
+    int device_before = -1;
+    if (knows_before_ && before_ != nullptr) driver.get_device(&device_before);
     const cudaError_t error = cudaSetDevice(device);
     if (error != cudaSuccess) {
       restore();  // a constructor that throws has no destructor
       check(error);
     }
+    void* primary = nullptr;
+    is_primary_ =
+        device_before != device || driver.get_context(&primary) != 0 || primary == before_;
+    if (!is_primary_) restore();
   }
   ~DeviceGuard() { restore(); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  /// False in a green context of the device, which stays current: the default stream is another one
+  /// there, with the same handle.
+  bool is_primary() const { return is_primary_; }
 
  private:
   void restore() const {
@@ -84,6 +99,7 @@ class DeviceGuard {
 
   void* before_ = nullptr;
   bool knows_before_ = false;
+  bool is_primary_ = true;
 };
 
 /// Lets this thread make calls that would break another thread's stream capture.
@@ -173,7 +189,7 @@ void norm(const HeldList& list, double p, const PythonLimits& limits, bool is_fl
   const py::gil_scoped_release release;  // a launch waits where a thousand others are queued
   const DeviceGuard guard(list.device_index);
   check(cuda::launch_norm(list.spans, p, limits_from(limits), buffers, at<cudaStream_t>(stream),
-                          is_pool_stream));
+                          is_pool_stream && guard.is_primary()));
 }
 
 /// Enqueues the multiplication by one coefficient on the device or, with `stride` 1, by one for
@@ -184,7 +200,7 @@ void scale(const HeldList& list, uint64_t coefs, bool are_float64, int32_t strid
   const py::gil_scoped_release release;
   const DeviceGuard guard(list.device_index);
   check(cuda::launch_scale(list.spans, {at<const void*>(coefs), stride, are_float64},
-                           at<cudaStream_t>(stream), is_pool_stream));
+                           at<cudaStream_t>(stream), is_pool_stream && guard.is_primary()));
 }
 
 /// Enqueues the norms of the tensors that have elements and, unless their addresses are null, the
@@ -201,7 +217,7 @@ void tensors(const HeldList& list, double p, const PythonLimits& limits, bool is
   const py::gil_scoped_release release;
   const DeviceGuard guard(list.device_index);
   check(cuda::launch_tensors(list.spans, p, limits_from(limits), buffers, at<cudaStream_t>(stream),
-                             is_pool_stream));
+                             is_pool_stream && guard.is_primary()));
 }
 
 /// Enqueues adaptive clipping. `units`: of each tensor that has elements. `scratch` has
@@ -213,7 +229,7 @@ void clip_adaptive(const HeldList& grads, const HeldList& weights,
   const DeviceGuard guard(grads.device_index);
   check(cuda::launch_clip_adaptive({grads.spans, weights.spans, units.data()},
                                    {p, clip_factor, eps}, at<void*>(scratch),
-                                   at<cudaStream_t>(stream), is_pool_stream));
+                                   at<cudaStream_t>(stream), is_pool_stream && guard.is_primary()));
 }
 
 /// Enqueues the clamp to [min, max].

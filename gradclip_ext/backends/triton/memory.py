@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList, current_stream_handle
+from gradclip_ext.backends.base import KERNEL_DTYPES, TensorList, current_stream
 
 CHUNK_BYTES = 65536
 # float64 numbers per chunk that fit into the memory for partials.
@@ -118,7 +118,8 @@ class _PinnedMemory:
 
 
 class Workspace:
-    """Tables and partials of one (device, stream), or of one call while a graph is being captured.
+    """Tables and partials of one (device, stream), or of one call while a graph is being captured or on a
+    stream that may be destroyed.
 
     All of it is written and read in stream order. A table never changes after its upload. The page-locked
     memory that it was uploaded from is freed to torch's allocator, which waits for the copy's event before
@@ -223,5 +224,8 @@ def _current(device: torch.device) -> Iterator[bool]:
 def _workspace(device: torch.device, on_gpu: bool) -> Workspace:
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return Workspace(device, captured=True)
-    key = device, current_stream_handle(device) if on_gpu else 0
+    handle, lives_on = current_stream(device) if on_gpu else (0, True)
+    if not lives_on:
+        return Workspace(device, captured=False)
+    key = device, handle
     return _workspaces.get(key) or _workspaces.setdefault(key, Workspace(device, captured=False))
