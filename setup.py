@@ -5,8 +5,8 @@ Environment variables:
         allow; what fails is left out, and `python -m gradclip_ext.info` says why. cuda and cpu insist: what
         cannot be built is an error.
     TORCH_CUDA_ARCH_LIST: as for torch's own extensions, "8.0;9.0+PTX". Without it the visible GPUs decide,
-        and without any, all architectures below that the toolkit knows.
-    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS: as usual.
+        and without any, those of ARCHITECTURES below that the toolkit knows.
+    CXX, CFLAGS, CXXFLAGS, LDFLAGS, CUDA_HOME, CUDA_PATH, MAX_JOBS: as usual.
     GRADCLIP_EXT_TESTING=1: builds gradclip_ext._testing, too, which the project's tests call.
     GRADCLIP_EXT_CUDART=shared: links the CUDA runtime dynamically, for the tests that replace it.
     GRADCLIP_EXT_REPOSITORY=https://github.com/<owner>/<name>: for what is uploaded to a package index, where
@@ -29,7 +29,7 @@ from setuptools.command.build_py import build_py
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(
         f"gradclip_ext needs setuptools 77 or later to be built, this is {setuptools.__version__}: run "
-        "pip install 'setuptools>=77' pybind11, or leave out --no-build-isolation"
+        "pip install 'setuptools>=77' 'pybind11>=3.0', or leave out --no-build-isolation"
     )
 
 ROOT = Path(__file__).parent

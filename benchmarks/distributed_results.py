@@ -103,7 +103,8 @@ def load(path: Path) -> tuple[dict[str, Any], list[ShardedRecord]]:
 def table(block: dict[str, Any], records: Sequence[ShardedRecord]) -> Iterator[str]:
     """Yield what README shows: small DTensors on one rank, a model on two."""
     by = {(r.ranks, len(r.mesh), r.case, r.tensors, r.dtype, r.state, r.impl): r for r in records}
-    yield f"| {block['cpu']}, torch {block['torch']}, gloo | `{BASELINE}` | `gradclip_ext` |"
+    where = f"{block['cpu']}, {block['cores']} cores, torch {block['torch']}, gloo, commit {block['commit']}"
+    yield f"| {where} | `{BASELINE}` | `gradclip_ext` |"
     yield "|---|---|---|"
     for key, ours in by.items():
         theirs = by.get((*key[:-1], BASELINE))
@@ -125,7 +126,7 @@ def table(block: dict[str, Any], records: Sequence[ShardedRecord]) -> Iterator[s
 def _small_rows(ours: ShardedRecord, theirs: ShardedRecord | None) -> Iterator[str]:
     if ours.tensors not in _COUNTS:
         return
-    small = f"{ours.tensors:,} small DTensors"
+    small = f"{ours.tensors:,} small DTensors on one rank"
     first, later = (theirs.first_ms, theirs.p50_ms) if theirs is not None else (None, None)
     yield f"| {small}, a new set of gradients | {_ms(first)} | {_ms(ours.first_ms)} |"
     yield f"| {small}, the same set again | {_ms(later)} | {_ms(ours.p50_ms)}{_bold(ours.speedup_vs_torch)} |"

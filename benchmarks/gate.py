@@ -124,7 +124,7 @@ def _relative_error(found: float, exact: float) -> float:
 def _verdict(norm_error: float, norm_budget: float, grad_error: float, grad_budget: float) -> Verdict:
     worst = math.nan if math.isnan(norm_error) else max(grad_error, norm_error)  # NaN first: max keeps it
     if not norm_error <= norm_budget:  # written so that NaN fails
-        return Verdict(worst, f"the norm is off by {norm_error:.1e} (budget {norm_budget:.0e})")
+        return Verdict(worst, f"the norm is off by {norm_error:.1e} (tolerance {norm_budget:.0e})")
     if not grad_error <= grad_budget:
         return Verdict(worst, f"gradients are off by {grad_error:.1e} (budget {grad_budget:.1e})")
     return Verdict(worst, None)

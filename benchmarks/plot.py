@@ -148,7 +148,7 @@ def host_times(results: Results, path: Path) -> bool:
         impl: [(h.tensors, h.p50_us) for h in results.host if h.impl == impl]
         for impl in dict.fromkeys(h.impl for h in results.host)
     }
-    figure = _call_times(curves, f"{results.title}: host time of one call, warm", "µs")
+    figure = _call_times(curves, f"{results.title}: host time of one call, warm", "us")
     figure.axes[0].set_xlabel("one-element tensors in the list (log scale)", fontsize=9)
     _save(figure, path, results)
     return True

@@ -41,6 +41,8 @@ _BEYOND_COLUMNS = {
     f"{ADAPTIVE}:unclipped": "adaptive, nothing to clip",
     f"{ADAPTIVE}:clipped": "adaptive, clipping",
 }
+# What a state of an operation is called.
+_STATES = {"clipped": "clipping", "unclipped": "nothing to clip"}
 # README shows models that people train, and many tiny tensors; the index has the rest.
 _README_COLUMNS = ("clip_grad_norm_:unclipped", "clip_grad_norm_:clipped", "clip_grad_value_:clipped")
 _README_BEYOND = (f"{STATS}:unclipped", f"{PER_TENSOR}:clipped", f"{ADAPTIVE}:clipped")
@@ -99,6 +101,7 @@ def _four_numbers(results: Results) -> Iterator[str]:
         if theirs and here and here.speedup_vs_torch is not None:
             here_took = f"{duration(here.p50_us)}, **{ratio(here.speedup_vs_torch)}**"
             what = f"`clip_grad_norm_` on GPT-2 (124M) in {dtype}, nothing to clip"
+            what += ", time on the GPU" if results.machine["gpu"] else ""
             yield f"| {what} | {duration(theirs.p50_us)} | {here_took} |"
     costs = host_costs(results.host)
     if ours in costs and BASELINE in costs:
@@ -183,9 +186,11 @@ def index(files: dict[str, Results], folder: Path = FOLDER) -> str:
     parts = [
         "# Results",
         "",
-        "Made by `python -m benchmarks.report` from the files beside it, not by hand. A file has one JSON",
-        "object per line: the machine, then the records; `python -m benchmarks.report FILE` prints them",
-        "as a table.",
+        "Made by `python -m benchmarks.report` from the files beside it, not by hand. A `.jsonl` file has",
+        "one JSON object per line: the machine, then the records. `python -m benchmarks.report FILE`",
+        "prints those of a benchmark, a training or sharded gradients as a table. Beside them:",
+        *(f"[what decides how the kernels work]({f.name})," for f in sorted(folder.glob("design-*.json"))),
+        "[the sizes of wheels](wheels.json).",
         "",
     ]
     for stem, results in files.items():
@@ -256,8 +261,8 @@ def _table(results: Results, rows: dict[tuple[str, str], str], columns: Sequence
     ours = default_backend(results)
     theirs = f"`{BASELINE}`" if columns[0] in _COLUMNS else "torch's operations"
     yield f"Speed-up of `{ours}` over {theirs}{_repeats(results.records)}; in brackets,"
-    yield "the share of the speed at which this memory moves the bytes that have to move (what fits in"
-    yield "cache may exceed it)."
+    yield "the share of the measured memory bandwidth that is reached, counting only bytes that have to be"
+    yield "read or written (above 100 % where they fit in cache, or where the shared machine was quieter)."
     yield ""
     yield "| gradients | " + " | ".join((_COLUMNS | _BEYOND_COLUMNS)[label] for label in columns) + " |"
     yield "|---|" + "---|" * len(columns)
@@ -291,7 +296,8 @@ def _notes(results: Results) -> Iterator[str]:
     steps = [r for r in results.records if r.impl == ours and r.op.endswith(STEP) and r.speedup_vs_torch]
     for state, of_state in groupby(sorted(steps, key=lambda r: r.state), key=lambda r: r.state):
         ratios = [f"{ratio(r.speedup_vs_torch)} on {r.case} in {r.dtype}" for r in of_state]
-        yield f"Clipping ({state}) and AdamW's step together, on new gradients: {', '.join(ratios)}."
+        what = f"`clip_grad_norm_` and AdamW's step together, {_STATES[state]}, on new gradients"
+        yield f"{what}: {', '.join(ratios)}."
         yield ""
     wrong = {(r.case, r.dtype): r.problem for r in results.records if r.impl == BASELINE and not r.ok}
     for (case, dtype), problem in wrong.items():
@@ -323,7 +329,8 @@ def training_sentence(path: Path) -> str:
     found = Training.load(path)
     size = f"{found.parameters / 1e6:.3g} M parameters, {found.dtype}"
     took = ", ".join(
-        f"{1e3 * median(run.clip_ms):,.0f} µs ({run.clip_share:.2%}) by `{run.name}`" for run in found.clipped
+        f"{1e3 * median(run.clip_ms):,.0f} us ({100 * run.clip_share:.2f} %) by `{run.name}`"
+        for run in found.clipped
     )
     return (
         f"Training {found.model} ({size}) for {found.steps} steps with max_norm {found.max_norm:g}, "

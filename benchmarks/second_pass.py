@@ -28,7 +28,7 @@ def section(folder: Path) -> Iterator[str]:
     yield "## The CUDA kernels before and after their second pass"
     yield ""
     yield from wrap(
-        f"Device time of `clip_grad_norm_` in µs. What is called measured was [measured]({_MEASURED}) on an "
+        f"Device time of `clip_grad_norm_` in us. What is called measured was [measured]({_MEASURED}) on an "
         f"{gpu}, with commits {commits[0]} and {commits[1]}; all else is [predicted]({_PREDICTED}) and was "
         f"measured nowhere. {predicted['source']}",
         width=110,

@@ -110,13 +110,15 @@ class Survival:
         """Return in words what happened."""
         spikes = sum(math.isfinite(float(factor)) for factor in self.faults.values())
         without, theirs, ours = (_described(run.final_loss) for run in self.runs)
+        skipped = len(self.runs[2].skipped)
+        clipped = len(self.faults) - skipped
         steps, size = len(self.runs[0].losses), f"{self.parameters / 1e6:.2g} M parameters"
         return (
             f"A GPT of {size} is trained for {steps} steps. In {spikes} of them the text is noise and the "
             f"loss {_SPIKE:,.0f} times as large, in {len(self.faults) - spikes} it is NaN or infinite. The "
             f"mean loss of the last tenth is {without} without these faults, {theirs} with `{BASELINE}` "
             f"(max_norm {_MAX_NORM:g}), and {ours} with `ZClip`, `SpikeDetector` and `skip_step_`, which "
-            f"skipped {len(self.runs[2].skipped)} steps and clipped the rest."
+            f"skipped {skipped} of these {len(self.faults)} steps and clipped the other {clipped}."
         )
 
 

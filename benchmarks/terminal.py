@@ -69,10 +69,10 @@ HEADER = (
     f" {'error':>8}"
 )
 EXPLANATION = (
-    "p50, p20-p80: time of one call. bound: share of the speed at which this machine moves the bytes\n"
-    "that have to move (what fits in cache may exceed 100 %). speed-up: over torch.nn.utils, median of\n"
-    "interleaved pairs, and their p20-p80. error: largest relative error against float64, beyond one\n"
-    "rounding."
+    "p50, p20-p80: time of one call. bound: share of the measured memory bandwidth, counting only\n"
+    "bytes that have to be read or written (what fits in cache may exceed 100 %).\n"
+    "speed-up: over torch.nn.utils, median of interleaved pairs, and their p20-p80. error: largest\n"
+    "relative error against float64, beyond one rounding."
 )
 
 

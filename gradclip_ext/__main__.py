@@ -37,7 +37,7 @@ def install_startup() -> str:
 
 
 def remove_startup() -> str:
-    """Undo :func:`install_startup`."""
+    """Remove what --install-startup wrote."""
     removed = [file for file in _startup_files() if file.exists()]
     for file in removed:
         file.unlink()

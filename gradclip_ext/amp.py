@@ -35,8 +35,8 @@ def unscale_and_clip_grad_norm_(
     Equivalent to ``scaler.unscale_(optimizer)`` and :func:`clip_grad_norm_` of the optimizer's parameters,
     with one read and one write of the gradients less: the norm of the scaled gradients says whether one of
     them is infinite or NaN, and dividing by the scale and clipping are one product. Where the scale is
-    a power of two, as GradScaler's own are, gradients and norm have the same bits, but for numbers below
-    the smallest normal one, and of float64 gradients for orders other than 1, 2 and inf.
+    a power of two, as GradScaler's own are, gradients and norm have the same bits as by the two calls, except
+    for subnormal numbers, and for float64 gradients with orders other than 1, 2 and inf.
     ``scaler.step(optimizer)`` and ``scaler.update()`` follow as usual.
 
     Args:
@@ -133,7 +133,10 @@ class _Unscaling:
         if not allow_fp16 and any(
             p.grad is not None and p.grad.dtype is torch.float16 for p in self._parameters
         ):
-            raise ValueError("Attempting to unscale FP16 gradients.")
+            raise ValueError(
+                "Attempting to unscale FP16 gradients. GradScaler wants float32 parameters beside autocast: "
+                "do not convert the model with half()"
+            )
         gradients = read_gradients(self._parameters, self._selection, norm_type=self._norm_type)
         calls.count("unscale_and_clip_grad_norm_", gradients, self._selection)
         if gradients is None:

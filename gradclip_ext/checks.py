@@ -74,7 +74,10 @@ def check_representable(dtypes: Iterable[torch.dtype], *bounds: float) -> None:
     """Raise if a finite bound does not fit one of the gradients' dtypes, or one is complex."""
     for dtype in dtypes:
         if dtype in _COMPLEX:
-            raise RuntimeError(f"clamping is not defined for complex gradients, got {dtype}")
+            raise RuntimeError(
+                f"clamping is not defined for complex gradients, got {dtype}: leave these parameters out, or "
+                "clamp torch.view_as_real(parameter.grad)"
+            )
         limit = torch.finfo(dtype).max
         for bound in bounds:
             if limit < abs(bound) < math.inf:

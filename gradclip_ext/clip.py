@@ -43,10 +43,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale gradients in place so that their joint norm is at most ``max_norm``; return the norm from before.
 
-    The returned norm is the one **before** clipping, so it may exceed ``max_norm``: that is
-    how often clipping acts. Equivalent to :func:`torch.nn.utils.clip_grad_norm_`, with the
-    norm accumulated and returned in float32 (float64 as soon as one gradient is) and no
-    write at all where the host can see that nothing needs clipping.
+    The returned norm is the one **before** clipping: it exceeds ``max_norm`` where clipping acts.
+    Equivalent to :func:`torch.nn.utils.clip_grad_norm_`, with the norm accumulated and returned in
+    float32 (float64 as soon as one gradient is) and no write at all where nothing needs clipping
+    (but for ``foreach`` on an accelerator).
 
     All gradients are multiplied by ``min(1, max_norm / (total_norm + 1e-6))``, where
     ``total_norm`` is the norm of all of them laid out as one vector.
@@ -78,7 +78,7 @@ def clip_grad_norm_(
             in the same order: the ranks that hold *other* gradients of the model (pipeline
             stages, experts, Megatron's tensor-parallel weights, FSDP1's shards). A plain
             gradient then is a different one on each of these ranks. None: plain gradients
-            are this rank's matter, and DTensors are joined over their own meshes. ``()``: as
+            count on this rank only, and DTensors are joined over their own meshes. ``()``: as
             None, and ranks outside of a smaller mesh hold copies of its DTensors (FSDP with a
             partial tensor-parallel plan). A rank without parameters names the mesh of the
             others too, as they do: ``group=[stage_mesh, pp_mesh]``.
@@ -97,13 +97,13 @@ def clip_grad_norm_(
         TypeError: parameters is a module, or an element or gradient is of the wrong kind
             (not a tensor, sparse, integer, float8); max_norm is neither a number, a real tensor
             nor a function, or the function returns anything else; group is not one of its types,
-            or this rank is not in it.
+            or is ``GroupMember.NON_GROUP_MEMBER``.
         ValueError: max_norm is negative or NaN (where the host can see it), or a tensor of several
             elements (with per_tensor, not of T); error_if_nonfinite and zero_if_nonfinite are both set;
             with per_tensor, ranks have different numbers of parameters; the backend does not exist;
             DTensors lie on meshes over different ranks and group is None; meshes overlap and none
-            holds the ranks of all; a group overlaps the ranks before it in part; copies returns less
-            than 1 or more than there are, or is passed without group.
+            holds the ranks of all; a group overlaps the ranks before it in part, or lacks this rank;
+            copies returns less than 1 or more than there are, or is passed without group.
         RuntimeError: error_if_nonfinite is set and the norm is NaN or infinite (the message
             names the first tensor that is to blame, and on the other ranks says that theirs
             are finite); a gradient is expanded; foreach=True on a device without foreach

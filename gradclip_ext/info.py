@@ -16,7 +16,7 @@ def report() -> str:
     """Return the text that ``python -m gradclip_ext.info`` prints; the form to paste into an issue.
 
     Called in a training process, it also says what :func:`gradclip_ext.patch_torch` replaced there, how many
-    calls each function had, which backend handled them, and why torch operations did where they had to.
+    calls each function had, which backend handled them and, where that was ``foreach``, why.
     With GRADCLIP_EXT_REPORT=1 in the environment, that part is printed to stderr when Python exits (not by
     processes that were forked, which end without it). Calls inside of torch.compile are not counted.
     """

@@ -100,8 +100,8 @@ def register_clip_hook(
         Communicates as :func:`clip_grad_norm_` with DTensors does, once for each norm.
 
         With a ``GradScaler`` and a fused optimizer, gradients are still scaled inside of ``step`` unless
-        ``unscale_`` was called: they are clipped by the norm that they will have and stay scaled. What
-        GradScaler skips is not clipped, or does not matter.
+        ``unscale_`` was called: they are clipped by the norm that they will have and stay scaled. A step
+        that GradScaler skips may be clipped or not: nobody uses its gradients.
 
         Hooks are on this optimizer, not on copies of it. Two hooks clip twice. After the step, ``.grad``
         holds the clipped gradients.

@@ -78,7 +78,7 @@ class GradStats:
         return self._names
 
     def to_dict(self, prefix: str = "grad") -> dict[str, float]:
-        """Return everything as numbers, for wandb.log or one add_scalar for each.
+        """Return the totals, and the norm of each parameter, for wandb.log or one add_scalar for each.
 
         Args:
             prefix: the first part of each key.
@@ -121,8 +121,8 @@ def get_grad_stats(
 ) -> GradStats:
     """Return norms, largest magnitudes, zeros and non-finite values of all gradients, from one read.
 
-    What one would log beside the loss. On the CPU this takes the time of :func:`get_total_norm`, for the
-    orders 1, 2 and inf.
+    What one would log beside the loss. For the orders 1, 2 and inf this reads as many bytes as
+    :func:`get_total_norm`.
 
     Args:
         parameters: a module, a tensor or an iterable of tensors, or of pairs of a name and a tensor, as

@@ -245,7 +245,7 @@ class AdaGC(NormState):
 
     Returns:
         When called with norms [T]: the limits, a float64 tensor [T] on their device (float32 where the device
-        has no float64). They exceed the rule's by as much as the 1e-6 in ``clip_grad_norm_`` takes off, which
+        has no float64). They are raised a little to cancel the 1e-6 in ``clip_grad_norm_``'s divisor, which
         matters for the small norms of single gradients.
 
     Raises:

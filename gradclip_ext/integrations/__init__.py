@@ -5,7 +5,14 @@ that adapt, norms in the logs, fused optimizers under a GradScaler, one collecti
 imports its framework, which this package does not install.
 """
 
+from typing import Any
+
 DEEPSPEED_CLIPS_BY_ITSELF = (
     "DeepSpeed clips by itself, after backward: set gradient_clipping in its configuration "
     "instead of ClipGradients (gradclip_ext.integrations.deepspeed makes that faster)"
 )
+
+
+def group_of(group: Any) -> Any:
+    """Return a callback's group, which may be a function: some groups exist only once training runs."""
+    return group() if callable(group) else group

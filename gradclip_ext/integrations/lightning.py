@@ -16,7 +16,7 @@ import torch
 from gradclip_ext import clip_grad_norm_, clip_grad_value_, unscale_and_clip_grad_norm_
 from gradclip_ext.amp import parameters_of
 from gradclip_ext.arguments import as_float, as_limit
-from gradclip_ext.integrations import DEEPSPEED_CLIPS_BY_ITSELF
+from gradclip_ext.integrations import DEEPSPEED_CLIPS_BY_ITSELF, group_of
 from gradclip_ext.norms import Limit
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
@@ -38,12 +38,14 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
     Args:
         max_norm: as in :func:`gradclip_ext.clip_grad_norm_`: a number, a tensor or a function.
         norm_type: order of the norm, as there.
-        group: as there; ``FSDPStrategy`` needs the ranks that share the shards (its process group).
+        group: as there, or a function without arguments that returns it, which is called before each step.
+            ``FSDPStrategy`` needs the ranks that share the shards (its process group).
         log: name under which the norm from before clipping is logged, None for no log.
 
     Raises:
         ValueError: the Trainer clips by itself (gradient_clip_val), or FSDPStrategy is used without group.
-        NotImplementedError: DeepSpeedStrategy, whose engine clips by itself.
+        NotImplementedError: DeepSpeedStrategy, whose engine clips by itself; group beside a GradScaler and a
+            fused optimizer.
 
     Note:
         As :func:`gradclip_ext.clip_grad_norm_`; logging a norm does not wait for it.
@@ -69,7 +71,8 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
         if isinstance(trainer.strategy, FSDPStrategy) and self._group is None:
             raise ValueError(
                 "FSDPStrategy shards plain tensors, whose norm is a part of the model's on each rank: pass "
-                "group=, the process group of the shards, to ClipGradients (ModelParallelStrategy needs none)"
+                "group=lambda: torch.distributed.group.WORLD, or the process group of the shards, to "
+                "ClipGradients (ModelParallelStrategy needs none)"
             )
         if isinstance(self.max_norm, torch.nn.Module):
             self.max_norm.to(pl_module.device)
@@ -81,7 +84,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
             norm = unscale_and_clip_grad_norm_(scaler, optimizer, self.max_norm, self.norm_type)
         else:
             parameters = parameters_of(optimizer)
-            norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type, group=self._group)
+            norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type, group=group_of(self._group))
         if self._log is not None:
             pl_module.log(self._log, norm)
 

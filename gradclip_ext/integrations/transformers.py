@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from gradclip_ext import clip_grad_norm_
 from gradclip_ext.arguments import as_float, as_limit
-from gradclip_ext.integrations import DEEPSPEED_CLIPS_BY_ITSELF
+from gradclip_ext.integrations import DEEPSPEED_CLIPS_BY_ITSELF, group_of
 from gradclip_ext.norms import Limit
 
 STATE_FILE = "gradclip_ext.pt"
@@ -33,7 +33,8 @@ class ClipGradients(TrainerCallback):  # type: ignore[misc]
         max_norm: as in :func:`gradclip_ext.clip_grad_norm_`: a number, a tensor or a function. The state of
             a threshold such as ``ZClip`` is saved with each checkpoint, and loaded by :meth:`load`.
         norm_type: order of the norm, as there.
-        group: as there; FSDP1 needs ``model.process_group``.
+        group: as there, or a function without arguments that returns it, which is called before each step.
+            FSDP1 needs ``lambda: trainer.model_wrapped.process_group``.
 
     Attributes:
         total_norm: the norm before the last step, a 0-d tensor. The Trainer's logs get it as ``grad_norm``
@@ -73,8 +74,8 @@ class ClipGradients(TrainerCallback):  # type: ignore[misc]
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None:
             _unscale_once(scaler, optimizer.optimizer)
-        parameters = list(model.parameters())
-        self.total_norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type, group=self._group)
+        parameters, group = list(model.parameters()), group_of(self._group)
+        self.total_norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type, group=group)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.total_norm is not None and logs is not None and "loss" in logs:

@@ -18,7 +18,7 @@ SMALL = ShardedRecord(
     first_ms=2.0, p50_ms=0.5, gone_ms=0.6, speedup_vs_torch=9.0, collectives=0, collective_bytes=0,
     norm_error=2e-8,
 )  # fmt: skip
-MACHINE = {"cpu": "A CPU", "torch": "2.13.0"}
+MACHINE = {"cpu": "A CPU", "cores": 2, "torch": "2.13.0", "commit": "0123abcd"}
 
 
 def test_two_ranks_measure_and_send_one_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,12 +60,12 @@ def test_readme_shows_small_tensors_and_models() -> None:
         replace(theirs, **model, p50_ms=30.0), replace(SMALL, **model, p50_ms=15.0, speedup_vs_torch=2.0),
     ]  # fmt: skip
     assert list(distributed_results.table(MACHINE, records)) == [
-        "| A CPU, torch 2.13.0, gloo | `torch.nn.utils` | `gradclip_ext` |",
+        "| A CPU, 2 cores, torch 2.13.0, gloo, commit 0123abcd | `torch.nn.utils` | `gradclip_ext` |",
         "|---|---|---|",
-        "| 300 small DTensors, a new set of gradients | 800 ms | 2 ms |",
-        "| 300 small DTensors, the same set again | 4.5 ms | 0.5 ms, **9x** |",
-        "| 2,000 small DTensors, a new set of gradients | not measured | 2 ms |",
-        "| 2,000 small DTensors, the same set again | not measured | 0.5 ms |",
+        "| 300 small DTensors on one rank, a new set of gradients | 800 ms | 2 ms |",
+        "| 300 small DTensors on one rank, the same set again | 4.5 ms | 0.5 ms, **9x** |",
+        "| 2,000 small DTensors on one rank, a new set of gradients | not measured | 2 ms |",
+        "| 2,000 small DTensors on one rank, the same set again | not measured | 0.5 ms |",
         "| GPT-2 (124M) in float32, sharded over two ranks, nothing to clip | 30 ms | 15 ms, **2x** |",
         "| largest relative error of these norms | 1e-07 | **2e-08** |",
     ]

@@ -73,6 +73,20 @@ def test_the_callback_clips_and_logs(expected: Module, tmp_path: Path) -> None:
     assert trainer.logged_metrics["grad_norm"] > MAX_NORM
 
 
+def test_the_group_may_be_a_function(expected: Module, tmp_path: Path) -> None:
+    """Process groups exist only once the strategy has made them."""
+    asked: list[str] = []
+
+    def group() -> tuple[()]:
+        asked.append("group")
+        return ()
+
+    module = Module()
+    fit(module, tmp_path, callbacks=[ClipGradients(MAX_NORM, group=group)])
+    assert_same_weights(module, expected)
+    assert asked == 4 * ["group"]
+
+
 def test_a_threshold_is_kept_in_checkpoints(tmp_path: Path) -> None:
     callback = ClipGradients(ZClip(), log=None)
     trainer = fit(Module(), tmp_path, callbacks=[callback])

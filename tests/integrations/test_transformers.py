@@ -43,6 +43,12 @@ def train(path: Path, callback: Any = None, **settings: Any) -> tuple[Module, An
     return module, trainer
 
 
+def test_the_group_may_be_a_function(expected: Module, tmp_path: Path) -> None:
+    """FSDP1 wraps the model inside of train()."""
+    module, _ = train(tmp_path, ClipGradients(MAX_NORM, group=lambda: ()), max_grad_norm=0.0)
+    assert_same_weights(module, expected)
+
+
 @pytest.fixture
 def expected(tmp_path: Path) -> Module:
     module, _ = train(tmp_path, max_grad_norm=MAX_NORM)

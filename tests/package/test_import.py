@@ -91,6 +91,24 @@ def test_public_names() -> None:
     assert gradclip_ext.__version__[0].isdigit()
 
 
+ASKS_FOR_MODULES = """
+import gradclip_ext
+for name in ("distributed", "info", "integrations", "thresholds"):
+    print(getattr(gradclip_ext, name).__name__)
+try:
+    gradclip_ext.nonsense
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_modules_are_there_when_they_are_asked_for() -> None:
+    """`gradclip_ext.info.report()`, as documents write it, needs no import of its own."""
+    *names, error = run_python("-c", ASKS_FOR_MODULES, timeout=120).splitlines()
+    assert names == [f"gradclip_ext.{n}" for n in ("distributed", "info", "integrations", "thresholds")]
+    assert error == "module 'gradclip_ext' has no attribute 'nonsense'"
+
+
 ADDED = {
     "clip_grad_norm_": ["per_tensor", "zero_if_nonfinite", "backend", "group", "copies"],
     "clip_grad_value_": ["backend"],
