@@ -54,7 +54,7 @@ def run(script: str, arguments: list[str], is_module: bool) -> None:
     else:
         if not getattr(sys.flags, "safe_path", False):  # python -P: the first entry is no script's folder
             sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(str(Path(script).absolute()), run_name="__main__")  # as Python sets __file__
 
 
 def main() -> None:

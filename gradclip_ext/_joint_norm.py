@@ -55,7 +55,9 @@ class JointNorm:
         self._unsummed = unsummed
         some = parts or unwrap(call.parameters)[0]
         self._device = some[0].device if some else layout.device()
-        self._dtypes = {t.dtype for t in some} if not parts else set()
+        # A gradient that is missing here may be float64 on another rank, which then returns float64.
+        some_missing = len(parts) < len(call.parameters)
+        self._dtypes = {t.dtype for t in unwrap(call.parameters)[0]} if some_missing else set()
         #: The parts as one list, the class of each, and the weight of each class.
         self.whole: GradientList = GradientList([], [])
         self.numbers: Sequence[int] = ()
@@ -64,8 +66,8 @@ class JointNorm:
         self.error: Exception | None = None
 
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the result; without a gradient, the parameters decide."""
-        return result_dtype(self._dtypes or self.whole.dtypes())
+        """Return the dtype of the result; where a gradient is missing, the parameters decide, too."""
+        return result_dtype(self._dtypes | self.whole.dtypes())
 
     def take(self) -> Tensor:
         """Return the norm in float64.

@@ -60,14 +60,19 @@ def check_writable(tensors: Sequence[Tensor], allows_lazy: bool) -> None:
             )
         irregular = [t for t in tensors if t.layout is torch.strided and not t.is_contiguous()]
     for tensor in irregular:
-        shared = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride()))
-        if shared and tensor.numel() > 0:
+        if tensor.numel() > 0 and _is_expanded(tensor):
             index = next(i for i, t in enumerate(tensors) if t is tensor)
             raise RuntimeError(
                 f"{_gradient(index, tensor)} has strides {tensor.stride()}, so it is expanded: more than one "
                 "element refers to a single memory location, and it cannot be clipped in place. clone() it "
                 "first"
             )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    # The strides of a gradient that is a view, torch.compile can ask only a view of it.
+    seen = tensor[...] if torch.compiler.is_compiling() else tensor
+    return any(step == 0 and size > 1 for size, step in zip(seen.shape, seen.stride()))
 
 
 def check_representable(dtypes: Iterable[torch.dtype], *bounds: float) -> None:

@@ -91,7 +91,7 @@ def clip_grad_norm_(
         A new 0-d tensor on the device of the first gradient, float32 or float64. With no
         gradient at all, ``torch.tensor(0.0)``. With per_tensor, the norms of shape [T], all of one
         dtype. Where torch returns a DTensor (DTensors of one mesh, no group), a replicated DTensor.
-        The same bits on all ranks.
+        The same bits on all ranks whose gradients have the same dtypes.
 
     Raises:
         TypeError: parameters is a module, or an element or gradient is of the wrong kind
@@ -108,8 +108,8 @@ def clip_grad_norm_(
             names the first tensor that is to blame, and on the other ranks says that theirs
             are finite); a gradient is expanded; foreach=True on a device without foreach
             support; group under torch.compile. No exception changes any gradient of the rank
-            that raises; where only one rank raises, all other ranks get a NaN norm, so that
-            they do not wait for it.
+            that raises; where only one rank raises for its gradients, all other ranks get a NaN
+            norm, so that they do not wait for it.
         NotImplementedError: norm_type is 0 or a placement is not supported, among DTensors of
             several meshes, plain tensors or a group. With one mesh alone, torch's function
             handles these, but with a number as max_norm and without zero_if_nonfinite only.

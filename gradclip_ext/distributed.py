@@ -113,6 +113,7 @@ def read_gradients(
     grads: list[Any],
     selection: Selection,
     *,
+    written: bool,
     clamps: bool,
     needs_sign: bool,
     allows_sparse: bool,
@@ -127,6 +128,8 @@ def read_gradients(
     owners = once if len(grads) == len(once) else [p for p in once if p.grad is not None]
 
     def read(parts: list[Tensor]) -> GradientList:
+        if not written:
+            return gradients.read_only(parts, selection)
         return gradients.read_written(parts, selection, needs_sign=needs_sign, allows_sparse=allows_sparse)
 
     if norm_type is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradclip_ext import _extension, arguments
 from gradclip_ext.backends import FOREACH, Selection
-from gradclip_ext.backends.base import TensorList, are_contiguous, is_regular, share_memory
+from gradclip_ext.backends.base import TensorList, are_contiguous, flat_view, is_regular, share_memory
 from gradclip_ext.checks import check_readable, check_writable
 from gradclip_ext.gradient_list import GradientList, Part
 from gradclip_ext.segments import listed_once
@@ -30,6 +30,7 @@ def read_gradients(
     parameters: list[Any],
     selection: Selection,
     *,
+    written: bool = True,
     clamps: bool = False,
     needs_sign: bool = False,
     allows_sparse: bool = False,
@@ -46,6 +47,7 @@ def read_gradients(
     Args:
         parameters: the elements as the caller gave them.
         selection: which backend handles a device.
+        written: the gradients are going to be changed, not only read.
         clamps: the gradients are going to be clamped, not scaled.
         needs_sign: what will be done depends on the sign of an element, as a clamp between bounds that are
             not symmetric does.
@@ -60,7 +62,7 @@ def read_gradients(
     # A rank without some gradient, even without any, takes part like those that have it.
     is_sharded = group is not None or (len(grads) < len(parameters) and holds_dtensor(parameters))
     if not is_sharded:
-        gradients = _read_native(grads, selection, written=True, needs_sign=needs_sign)
+        gradients = _read_native(grads, selection, written=written, needs_sign=needs_sign)
         if gradients is not None:
             return gradients
         is_sharded = holds_dtensor(grads)
@@ -73,6 +75,7 @@ def read_gradients(
             parameters,
             grads,
             selection,
+            written=written,
             clamps=clamps,
             needs_sign=needs_sign,
             allows_sparse=allows_sparse,
@@ -82,6 +85,8 @@ def read_gradients(
         )
     if has_dispatch_subclass(grads):
         return None
+    if not written:
+        return read_only(grads, selection)
     check_readable(grads, allows_sparse)
     check_writable(grads, allows_lazy=selection.loops)
     once = listed_once(parameters)
@@ -257,7 +262,8 @@ def _all_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def _distinct_memory(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the list with gradients that are the same memory, shape, strides and dtype once.
+    """Return the list with gradients of one dtype that are the same memory once: with as many elements and no
+    gaps, or of the same shape and strides.
 
     Tensors without elements or without memory of their own (data_ptr 0) are never the same.
     """
@@ -272,8 +278,12 @@ def _distinct_memory(tensors: list[Tensor]) -> list[Tensor]:
     seen: set[Any] = set()
     result = []
     for tensor, pointer in zip(tensors, pointers):
-        key = (pointer, tensor.device, tensor.dtype, tensor.shape, tensor.stride()) if pointer else None
-        if key is None or tensor.numel() == 0 or key not in seen:
+        if pointer == 0 or tensor.numel() == 0:
+            result.append(tensor)
+            continue
+        layout = tensor.numel() if flat_view(tensor) is not None else (tensor.shape, tensor.stride())
+        key = pointer, tensor.device, tensor.dtype, tensor.is_neg(), layout
+        if key not in seen:
             seen.add(key)
             result.append(tensor)
     return result

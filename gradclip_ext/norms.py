@@ -195,7 +195,7 @@ def combine_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
     if norm_type == 0.0:
         return stacked.sum()
     dominant = stacked.amax() if norm_type > 0.0 else stacked.amin()
-    if math.isinf(norm_type):
+    if abs(norm_type) == math.inf:  # not isinf(), see arguments.py
         return dominant
     total = dominant * torch.linalg.vector_norm(stacked / dominant, norm_type)
     return torch.where((dominant > 0.0) & (dominant < math.inf), total, dominant)

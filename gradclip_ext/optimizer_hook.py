@@ -204,27 +204,38 @@ class _Clip:
         parts = self.parts(optimizer)
         scale = getattr(optimizer, "grad_scale", None)
         selection = Selection(self._backend, None, is_intercepted())
-        lists = [read_gradients(p.parameters, selection, norm_type=self._norm_type) for p in parts]
-        for gradients in lists:
+        clipped: list[tuple[GradientList, Rule]] = []
+        is_torchs, failure = False, None
+        for part in parts:
+            try:
+                gradients = read_gradients(part.parameters, selection, norm_type=self._norm_type)
+            except Exception as error:  # other ranks wait for this one in the norms of the other parts
+                failure = failure or error
+                continue
             calls.count("register_clip_hook", gradients, selection)
-        total_norm: Tensor
-        if any(gradients is None for gradients in lists):
-            total_norm = self._clip_as_torch_does(parts, scale)
+            if gradients is None:
+                is_torchs = True
+            elif gradients.tensors or gradients.is_sharded:
+                clipped.append((gradients, part.rule))
+        if is_torchs and failure is None:
+            self._handle.total_norm = self._clip_as_torch_does(parts, scale)
         else:
-            total_norm = self._clip_lists(optimizer, parts, lists, scale)  # type: ignore[arg-type]
-        self._handle.total_norm = total_norm
+            self._handle.total_norm = self._clip_lists(optimizer, clipped, scale, failure)
 
     def _clip_lists(
-        self, optimizer: Optimizer, parts: list[_Part], lists: list[GradientList], scale: Tensor | None
+        self,
+        optimizer: Optimizer,
+        clipped: list[tuple[GradientList, Rule]],
+        scale: Tensor | None,
+        failure: Exception | None,
     ) -> Tensor:
-        clipped = [(g, p.rule) for g, p in zip(lists, parts) if g.tensors or g.is_sharded]
+        """Clip each list by its norm; raise a failure after the norms that other ranks wait for."""
         norms: list[Tensor] = []
         coefs: list[Coefficient] = []
-        failure: Exception | None = None
         for gradients, rule in clipped:
             try:
                 norm, coef = self._norm(gradients, rule, scale)
-            except Exception as error:  # other ranks wait for this one in the norms that follow
+            except Exception as error:
                 failure = failure or error
                 continue
             norms.append(norm)

@@ -207,7 +207,9 @@ def _read(
             raise NotImplementedError(
                 f"get_grad_stats: norm_type={norm_type} is not supported over ranks: pass one above 0"
             )
-        given = read_gradients(parameters, selection, norm_type=norm_type, group=group, copies=copies)
+        given = read_gradients(
+            parameters, selection, written=False, norm_type=norm_type, group=group, copies=copies
+        )
     else:
         given = read_tensors(grads, selection, norm_type=norm_type)
     if given is None:

@@ -128,7 +128,10 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor, may_zero: bool) -> None:
         if coef >= 1.0:
             return
         if coef < 0.0:
-            torch._foreach_zero_(tensors)
+            if len(tensors) > 1:
+                torch._foreach_zero_(tensors)
+            else:
+                tensors[0].zero_()  # also a lazy conjugate or negative view, which foreach refuses
             return
     halves = [] if clip_coef.device.type == "cpu" else [t for t in tensors if _is_strided_half(t)]
     if halves:

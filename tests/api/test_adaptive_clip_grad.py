@@ -137,6 +137,19 @@ def test_values_beyond_the_range_of_squares(backend: Target) -> None:
         assert_adaptive(params, before, 0.05, 0.0)
 
 
+@pytest.mark.parametrize("norm_type", [7.0, 50.0, 100.0])
+def test_orders_whose_powers_leave_the_range(backend: Target, norm_type: float) -> None:
+    for scale in (1e-9, 1e-4, 1e4, 1e9):
+        params = with_weights(backend, [(3, 4), (5,), (4, 3)])
+        params[2].data = params[2].data.t().contiguous().t()  # foreach, whichever backend is named
+        for param in params:
+            param.data *= scale
+            param.grad *= scale
+        before = clones(grads_of(params))
+        backend.adaptive_clip_grad_(params, 0.05, eps=0.0, norm_type=norm_type)
+        assert_adaptive(params, before, 0.05, 0.0, norm_type, f"{scale}")
+
+
 def test_by_hand(backend: Target) -> None:
     weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]], device=backend.device))
     weight.grad = torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.03, 0.04]], device=backend.device)

@@ -36,11 +36,11 @@ def half(norm: Tensor) -> Tensor:  # torch 2.6 does not trace a function that is
     return norm / 2
 
 
-def clip_beside_weights(params: list[Tensor]) -> None:
+def clip_beside_weights(params: list[Tensor], norm_type: float = 2.0) -> None:
     with torch.no_grad():
         for param in params:
             param.fill_(0.5)
-    gradclip_ext.adaptive_clip_grad_([FROZEN, *params, params[0]], 0.5)
+    gradclip_ext.adaptive_clip_grad_([FROZEN, *params, params[0]], 0.5, norm_type=norm_type)
 
 
 FROZEN = torch.nn.Parameter(torch.ones(2))
@@ -147,6 +147,44 @@ def test_orders(norm_type: float) -> None:
     assert_like_eager(
         compiled_with("aot_eager", function), function, [random(8, 4), random(5)], f"{norm_type}"
     )
+
+
+ORDERS: dict[str, Callable[[list[Tensor], float], Any]] = {
+    "clip_grad_norm_": lambda ps, p: gradclip_ext.clip_grad_norm_(ps, 0.5, p),
+    "per_tensor": lambda ps, p: gradclip_ext.clip_grad_norm_(ps, 0.5, p, per_tensor=True),
+    "get_grad_stats": lambda ps, p: gradclip_ext.get_grad_stats(ps, p).total_norm,
+    "adaptive_clip_grad_": clip_beside_weights,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ORDERS)
+def test_an_order_that_changes(name: str, dtype: torch.dtype) -> None:
+    compiled = compiled_with("eager", ORDERS[name])
+    grads = [random(5, 3, dtype=dtype), random(7, dtype=dtype)]
+    for norm_type in (2.0, 3.0, 1.5, math.inf, 1.0):
+        assert_like_eager(
+            lambda ps, p=norm_type: compiled(ps, p),
+            lambda ps, p=norm_type: ORDERS[name](ps, p),
+            grads,
+            f"{name}, {norm_type}",
+        )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_that_are_views(name: str) -> None:
+    """Of which torch.compile tells strides that are no plain numbers."""
+    params = [parameter(random(4, 5).t()), parameter(random(3))]
+    twins = [parameter(params[0].grad.clone().t().contiguous().t()), parameter(params[1].grad.clone())]
+    results = compiled_with("eager", FUNCTIONS[name])(params), FUNCTIONS[name](twins)
+    if results[0] is not None:
+        torch.testing.assert_close(*results, rtol=1e-6, atol=0.0)
+    for one, other in zip(grads_of(params), grads_of(twins)):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=0.0)
+    expanded = [parameter(random(4, 1).expand(4, 5).t())]
+    if name in ("clip_grad_norm_", "clip_grad_value_", "clamp_grad_"):
+        with pytest.raises(Exception, match="expanded"):
+            compiled_with("eager", FUNCTIONS[name])(expanded)
 
 
 @over_compilers

@@ -64,6 +64,21 @@ def test_same_memory_in_another_shape_or_dtype_is_no_duplicate(backend: Target) 
         oracle.assert_norm(norm, [a, other.clone()], 2.0)
 
 
+def test_shared_memory_in_another_shape_is_written_once(backend: Target) -> None:
+    """As autograd.grad returns it for a + b.view(2, 3), or a + b.t(): views of one tensor."""
+    for name, call in backend.calls().items():
+        a = backend.random(2, 3)
+        for other in (a.view(6), a.t(), a.view(3, 1, 2)):
+            before = a.clone()
+            twins = [parameter(before.clone()), parameter(before.view(6).clone())]
+            results = call([parameter(a), parameter(other)]), call(twins)
+            if results[0] is not None:
+                oracle.assert_norm(results[0], [before, before], math.inf if "inf" in name else 2.0, name)
+                oracle.assert_scaled([a], [before], results[0], 0.1, name)
+            else:
+                oracle.assert_same_bits(a, twins[0].grad, name)
+
+
 def test_zero_size_gradients_are_never_duplicates(backend: Target) -> None:
     base = backend.random(4)
     params = [parameter(t) for t in (base[:0], base, base[:0], base[4:], base[:0].clone())]

@@ -138,6 +138,16 @@ def test_lazy_bits_one_tensor_at_a_time(kind: str, norm_type: float) -> None:
     oracle.assert_within_ulps(oracle.real(one), oracle.real(other), 1)
 
 
+@pytest.mark.parametrize("kind", LAZY)
+def test_lazy_bits_are_zeroed_one_tensor_at_a_time(kind: str) -> None:
+    """A NaN in another gradient."""
+    grads = [torch.tensor([math.nan, 1.0]), LAZY[kind]()]
+    params = [parameter(g) for g in grads]
+    gradclip_ext.clip_grad_norm_(params, 1.0, foreach=False, zero_if_nonfinite=True)
+    for grad in grads:
+        assert not grad.resolve_conj().resolve_neg().count_nonzero()
+
+
 @pytest.mark.parametrize("kind", [k for k in LAZY if k != "conjugate"])
 def test_lazy_negatives_clamped_one_at_a_time(kind: str) -> None:
     ours, theirs = LAZY[kind](), LAZY[kind]()

@@ -236,6 +236,21 @@ def test_gradients_that_are_none_on_some_ranks(ranks: Ranks, norm_type: float) -
         assert len(set(answers)) == 1, answers
 
 
+def missing_float64(seed: int, of_all: bool) -> str:
+    """Return the norm's dtype where rank 1 lacks the one gradient in float64."""
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0, dtype=torch.float64)
+    model.add((8, 3), mesh(4), Shard0)
+    if dist.get_rank() == 1 or of_all:
+        model.params[0].grad = None
+    return str(plain(gradclip_ext.clip_grad_norm_(model.params, 1.0)).dtype)
+
+
+def test_the_dtype_does_not_depend_on_what_a_rank_lacks(ranks: Ranks) -> None:
+    for of_all in (False, True):
+        assert ranks.run(missing_float64, SEED, of_all, timeout=SOON) == 4 * ["torch.float64"]
+
+
 def empty_shards(seed: int) -> None:
     for norm_type in (math.inf, -math.inf, -1.0, 2.0):
         model = Model(seed)

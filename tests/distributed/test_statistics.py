@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import SEED, needs_gloo
 from ranks import Ranks
-from sharding import Copy, Model, Shard0, Sum, collectives, mesh
+from sharding import Copy, Model, Shard0, Sum, collectives, group_of, mesh
 
 import gradclip_ext
 from gradclip_ext import reference
@@ -94,6 +94,19 @@ def test_a_failure_on_one_rank_keeps_nobody_waiting(ranks: Ranks) -> None:
     answers = ranks.run(failing, SEED, timeout=SOON)
     for rank, answer in enumerate(answers):
         assert re.match("TypeError: .*sparse" if rank == 2 else "nan", answer), answers
+
+
+def read_only(seed: int) -> None:
+    """An expanded gradient cannot be clipped, but read."""
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.params.append(oracle.parameter(torch.full((1,), 2.0).expand(4, 3)))
+    stats = gradclip_ext.get_grad_stats(model.params, group=group_of(0, 1, 2, 3))
+    assert stats.norms[1].item() == pytest.approx(math.sqrt(4 * 12 * 4.0))
+
+
+def test_gradients_that_can_only_be_read(ranks: Ranks) -> None:
+    ranks.run(read_only, SEED, timeout=SOON)
 
 
 def refused(seed: int) -> None:

@@ -114,3 +114,29 @@ def hooked(seed: int) -> None:
 
 def test_hook_with_dtensors(ranks: Ranks) -> None:
     ranks.run(hooked, SEED)
+
+
+def failing(seed: int, is_first: bool) -> str:
+    """A plain gradient that is refused on one rank, in a group with a norm of its own."""
+    model = sharded_model(seed)
+    model.add((4, 3))
+    if dist.get_rank() == 1:
+        model.params[2].grad = torch.ones(4, 3).to_sparse()
+    groups = [{"params": model.params[:2], "max_norm": 0.5}, {"params": model.params[2:], "max_norm": 1.0}]
+    optimizer = SGD(groups[::-1] if is_first else groups, lr=0.0)
+    handle = gradclip_ext.register_clip_hook(optimizer, 1.0)
+    before = [part.clone() for part in model.parts()[:2]]
+    try:
+        optimizer.step()
+    except TypeError as error:
+        for part, old in zip(model.parts(), before):
+            oracle.assert_same_bits(part, old)
+        return f"TypeError: {error}"
+    return str(plain(handle.total_norm).item())
+
+
+def test_a_failure_of_one_group_on_one_rank_keeps_nobody_waiting(ranks: Ranks) -> None:
+    for is_first in (False, True):
+        answers = ranks.run(failing, SEED, is_first)
+        assert "sparse" in answers[1] and answers[1].startswith("TypeError")
+        assert all(not answers[rank].startswith("TypeError") for rank in (0, 2, 3)), answers

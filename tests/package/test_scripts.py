@@ -46,6 +46,18 @@ def test_runs_a_script_under_the_patch(script: Path) -> None:
     assert "calls        none" in said
 
 
+def test_a_script_knows_its_own_path(tmp_path: Path) -> None:
+    """Absolute, as Python gives it: a script may change its folder."""
+    (tmp_path / "where.py").write_text("import os, sys; os.chdir('/'); print(__file__ == sys.argv[1])")
+    path = os.pathsep.join((str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, "-m", "gradclip_ext", "where.py", str(tmp_path / "where.py")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout == "True\n"
+
+
 def test_runs_a_module_under_the_patch(script: Path) -> None:
     path = os.pathsep.join((str(script.parent), str(PACKAGE_ROOT)))
     said = run_python("-m", "gradclip_ext", "-m", "train", "5", timeout=60, PYTHONPATH=path)
