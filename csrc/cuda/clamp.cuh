@@ -39,9 +39,10 @@ struct Clamp {
 /// the table and are rounded to it. Stores only vectors that changed: moves N bytes if no element
 /// exceeds a bound, and at most 2N. All but the first launch of a list may start early.
 template <typename Table>
-__global__ __launch_bounds__(kThreads, 4) void clamp_kernel(const __grid_constant__ Table table,
-                                                            const double min, const double max,
-                                                            const bool ours_follows) {
+__global__ __launch_bounds__(kThreads,
+                             kResidentBlocks) void clamp_kernel(const __grid_constant__ Table table,
+                                                                const double min, const double max,
+                                                                const bool ours_follows) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (ours_follows) let_next_kernel_launch();
   const Run run(table.chunks(), blockIdx.x, gridDim.x);

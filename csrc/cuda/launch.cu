@@ -17,8 +17,6 @@ namespace {
 
 constexpr int64_t kCounterBytes = 16;  // in scratch memory; keeps the partials after it aligned
 
-// As many as are resident at once by the kernels' launch bounds.
-constexpr int kResidentBlocks = 4;
 // Of kernels whose blocks have one run each. On an H200 this is as fast as half or twice as many
 // within 1 %, and up to 6 % faster than half as many for clamping: a block that ends early makes
 // room for another.

@@ -131,8 +131,8 @@ __device__ double warp_sum(const T* x, int length, WarpTiles tiles, int lane) {
 /// finish writes the norm and the coefficient. The bits depend on values and sizes only. All but
 /// the first launch of a list may start early: what they read, the first has found written.
 template <typename Norm, typename Table>
-__global__ __launch_bounds__(kThreads, 4) void norm_kernel(const __grid_constant__ Table table,
-                                                           const __grid_constant__ NormOutput out) {
+__global__ __launch_bounds__(kThreads, kResidentBlocks) void norm_kernel(
+    const __grid_constant__ Table table, const __grid_constant__ NormOutput out) {
   // Warps store their sums here, so that one barrier serves kBatch chunks.
   constexpr int kBatch = 16;
   __shared__ double sums[kBatch][kWarps];

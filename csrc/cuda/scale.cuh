@@ -66,10 +66,11 @@ struct Runs {
 /// blocks beyond those that are resident would only be launched and end: 1 us for each four of a
 /// multiprocessor.
 template <typename Table>
-__global__ __launch_bounds__(kThreads, 4) void scale_kernel(const __grid_constant__ Table table,
-                                                            const Coefficients coefs,
-                                                            const bool ours_follows,
-                                                            const Runs runs) {
+__global__ __launch_bounds__(kThreads,
+                             kResidentBlocks) void scale_kernel(const __grid_constant__ Table table,
+                                                                const Coefficients coefs,
+                                                                const bool ours_follows,
+                                                                const Runs runs) {
   __shared__ unsigned next;
   Run run(table.chunks(), runs.count - 1 - blockIdx.x, runs.count);
   int begin = find_tensor<true>(table, run);

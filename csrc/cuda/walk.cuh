@@ -7,6 +7,10 @@
 
 namespace gradclip::cuda {
 
+// Blocks that a multiprocessor holds at once of the kernels that follow the chunks of a list: the
+// number of registers is bounded by it.
+constexpr int kResidentBlocks = 4;
+
 // Programmatic dependent launch, sm_90 and later: blocks of one of our kernels start as soon as all
 // blocks of the one before have started and some have ended, not only after the last has ended. On
 // other GPUs both functions do nothing, and the kernels run in stream order.

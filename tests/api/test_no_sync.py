@@ -12,23 +12,12 @@ import oracle
 import pytest
 import torch
 from cases import NORM_TYPES, Target, clones, gpu_waits_are_errors, grads_of
+from dispatch import NoReads
 from oracle import parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip_ext import clip
 from gradclip_ext.backends import foreach
 from gradclip_ext.thresholds import AdaGC, AutoClip, SpikeDetector, ZClip
-
-READS = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero", "aten::nonzero")
-
-
-class NoReads(TorchDispatchMode):
-    """Raises when an operation reads a value of a tensor on the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func._schema.name in READS:
-            raise AssertionError(f"{func} reads a value: on an accelerator the host would wait here")
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

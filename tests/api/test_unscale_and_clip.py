@@ -10,12 +10,12 @@ import oracle
 import pytest
 import torch
 from cases import NORM_TYPES, Target, clones, grads_of, random
+from dispatch import NoReads
 from optimizers import assert_same_training, deliver, params_of, random_grads
 from oracle import parameter
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip_ext import amp, clip_grad_norm_, unscale_and_clip_grad_norm_
 from gradclip_ext.backends import foreach
@@ -232,12 +232,6 @@ def test_torchs_scaler_is_known() -> None:
     """Otherwise every call unscales first, and nothing but time would tell."""
     assert amp._unscales_as_torch_does(scaler_of(2.0))
     assert amp._unscales_as_torch_does(torch.cuda.amp.GradScaler(enabled=False))
-
-
-class NoReads(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "_local_scalar_dense" not in func._schema.name, func
-        return func(*args, **(kwargs or {}))
 
 
 def test_nobody_reads_a_value(backend: Target, monkeypatch: pytest.MonkeyPatch) -> None:
