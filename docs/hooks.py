@@ -19,6 +19,7 @@ LINKS = {
     "(#beside-other-tools)": "(frameworks/index.md)",
     "(#where-it-differs-from-torch)": "(accuracy.md)",
     "(#benchmarks)": "(benchmarks.md)",
+    "(CONTRIBUTING.md#what-the-norm-costs-over-many-ranks)": "(sharded.md#what-travels)",
     "(benchmarks/results/README.md)": "(benchmarks/results/index.md)",
     "[examples/](examples)": "[examples](examples/by_norm.py)",
     "[CONTRIBUTING.md](CONTRIBUTING.md)": "[Design](design.md)",

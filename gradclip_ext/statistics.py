@@ -135,7 +135,7 @@ def get_grad_stats(
         backend: as in :func:`clip_grad_norm_`.
 
     Returns:
-        A :class:`GradStats`, whose tensors stay on the device of the first gradient.
+        The statistics, whose tensors stay on the device of the first gradient.
 
     Raises:
         TypeError: an element or gradient is of the wrong kind (not a tensor, sparse, integer, float8).
