@@ -15,13 +15,11 @@ from gradclip_ext._dtensors import unwrap
 from gradclip_ext._layout import Layout
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
-from gradclip_ext.norms import REPORT, on_device, result_dtype
+from gradclip_ext.norms import LARGEST_DIRECT_ORDER, REPORT, on_device, result_dtype
 from gradclip_ext.segments import Segments
 
 Copies = Callable[[Any], int]
 
-# Up to this order float64 holds the power of any float32 number, and sums of 10^70 of them.
-_LARGEST_DIRECT_ORDER = 6.0
 _INF_BITS = 0x7FF0_0000_0000_0000
 _WITHOUT_SIGN = 0x7FFF_FFFF_FFFF_FFFF
 
@@ -184,7 +182,7 @@ class JointNorm:
 
     def _joined(self, norms: list[tuple[float, Tensor]]) -> Tensor:
         order = self._call.norm_type
-        if 0.0 < order <= _LARGEST_DIRECT_ORDER:
+        if 0.0 < order <= LARGEST_DIRECT_ORDER:
             return self._sum_of_powers(norms).pow(1.0 / order)
         dominant = self._dominant([norm for _, norm in norms])
         if math.isinf(order):

@@ -70,7 +70,7 @@ def check_writable(tensors: Sequence[Tensor], allows_lazy: bool) -> None:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    # The strides of a gradient that is a view, torch.compile can ask only a view of it.
+    # Of a gradient that is a view, torch.compile can read the strides only through another view.
     seen = tensor[...] if torch.compiler.is_compiling() else tensor
     return any(step == 0 and size > 1 for size, step in zip(seen.shape, seen.stride()))
 

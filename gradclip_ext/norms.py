@@ -17,6 +17,9 @@ from gradclip_ext.interception import is_intercepted
 Coefficient = float | Tensor
 ZERO = -1.0
 
+# Up to this order float64 holds the power of any float32 number, and sums of 10^70 of them.
+LARGEST_DIRECT_ORDER = 6.0
+
 # The largest norm allowed: a number, a tensor whose value only its device knows, or a function of the norm.
 Limit = float | Tensor | Callable[[Tensor], Any]
 

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from gradclip_ext.backends import foreach_cpu
-from gradclip_ext.norms import AdaptiveRule, combine_norms, widest_dtype
+from gradclip_ext.norms import LARGEST_DIRECT_ORDER, AdaptiveRule, combine_norms, widest_dtype
 
 # Elements that the CPU converts at a time. 4 MiB of float64 stay in cache and in memory that the process has;
 # to convert 39 million at once takes ten times as long, for each new page costs a fault.
 _CONVERTED = 1 << 19
-# Up to this order float64 holds the power of any float32 number but 0.
-_LARGEST_DIRECT_ORDER = 6.0
 
 
 def clip_adaptive_(
@@ -95,7 +93,7 @@ def _norms_at_once(tensor: Tensor, p: float) -> Tensor:
         tensor = tensor.to(torch.complex64 if wide == torch.float32 else torch.complex128).abs()
     elif tensor.dtype == torch.float16 and tensor.device.type == "cpu":
         tensor = tensor.float()  # torch converts float16 to float64 six times slower
-    holds_powers = tensor.dtype != torch.float64 and not abs(p) > _LARGEST_DIRECT_ORDER
+    holds_powers = tensor.dtype != torch.float64 and not abs(p) > LARGEST_DIRECT_ORDER
     if holds_powers or p == 0.0 or abs(p) == math.inf:
         norms: Tensor = torch.linalg.vector_norm(tensor, p, dims, keepdim=True, dtype=wide)
         return norms
