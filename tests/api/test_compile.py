@@ -183,8 +183,9 @@ def test_gradients_that_are_views(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=2e-6, atol=0.0)
     expanded = [parameter(random(4, 1).expand(4, 5).t())]
     if name in ("clip_grad_norm_", "clip_grad_value_", "clamp_grad_"):
+        # Not fullgraph, in which torch 2.6 traces no exception that leaves a with block.
         with pytest.raises(Exception, match="expanded"):
-            compiled_with("eager", FUNCTIONS[name])(expanded)
+            torch.compile(FUNCTIONS[name], backend="eager")(expanded)
 
 
 @over_compilers
