@@ -46,9 +46,7 @@ void cudaEmulatorFail(const char* function, int times, int error) {
 }
 
 /// For tests: makes a device's green context the current one, or its primary one.
-void cudaEmulatorSetGreen(int device, bool is_green) {
-  context = is_green ? kDevices + device : device;
-}
+void cudaEmulatorSetGreen(int device, bool green) { context = green ? kDevices + device : device; }
 
 // ---------------------------------------------------------------- code
 
