@@ -126,7 +126,7 @@ def _verdict(norm_error: float, norm_budget: float, grad_error: float, grad_budg
     if not norm_error <= norm_budget:  # written so that NaN fails
         return Verdict(worst, f"the norm is off by {norm_error:.1e} (tolerance {norm_budget:.0e})")
     if not grad_error <= grad_budget:
-        return Verdict(worst, f"gradients are off by {grad_error:.1e} (budget {grad_budget:.1e})")
+        return Verdict(worst, f"gradients are off by {grad_error:.1e} (tolerance {grad_budget:.1e})")
     return Verdict(worst, None)
 
 

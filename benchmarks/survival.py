@@ -110,7 +110,7 @@ class Survival:
         """Return in words what happened."""
         spikes = sum(math.isfinite(float(factor)) for factor in self.faults.values())
         without, theirs, ours = (_described(run.final_loss) for run in self.runs)
-        skipped = len(self.runs[2].skipped)
+        skipped = sum(int(step) in self.runs[2].skipped for step in self.faults)
         clipped = len(self.faults) - skipped
         steps, size = len(self.runs[0].losses), f"{self.parameters / 1e6:.2g} M parameters"
         return (

@@ -51,11 +51,11 @@ class JointNorm:
         self._layout = layout
         self._parts = parts
         self._unsummed = unsummed
-        some = parts or unwrap(call.parameters)[0]
-        self._device = some[0].device if some else layout.device()
         # A gradient that is missing here may be float64 on another rank, which then returns float64.
-        some_missing = len(parts) < len(call.parameters)
-        self._dtypes = {t.dtype for t in unwrap(call.parameters)[0]} if some_missing else set()
+        of_parameters = unwrap(call.parameters)[0] if len(parts) < len(call.parameters) else []
+        self._dtypes = {t.dtype for t in of_parameters}
+        some = parts or of_parameters
+        self._device = some[0].device if some else layout.device()
         #: The parts as one list, the class of each, and the weight of each class.
         self.whole: GradientList = GradientList([], [])
         self.numbers: Sequence[int] = ()

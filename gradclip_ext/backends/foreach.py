@@ -90,7 +90,7 @@ class ForeachBackend:
             nonfinite = torch.zeros_like(zeros)
             if not largest.isfinite().all():
                 nonfinite = numels - torch.stack([torch.isfinite(t).sum() for t in listed])
-        else:
+        else:  # the host would wait for a copy of the sizes
             zeros = torch.stack([t.numel() - torch.count_nonzero(t) for t in listed])
             nonfinite = torch.stack([t.numel() - torch.isfinite(t).sum() for t in listed])
         return torch.cat([total.reshape(1), norms, largest, zeros.to(wide), nonfinite.to(wide)])
