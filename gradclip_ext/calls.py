@@ -55,6 +55,8 @@ def _handled_by(gradients: GradientList | None, selection: Selection) -> str:
         name if name != "foreach" else f"foreach: {selection.why_foreach(device)}"
         for name, device in gradients.handled_by()
     ]
+    if len(parts) == 1:
+        return parts[0]
     return ", ".join(dict.fromkeys(parts)) or "nothing: no gradients"
 
 
