@@ -18,14 +18,15 @@ namespace {
 
 // With one of these counters, the blocks of a norm determine which of them is the last, and those
 // of scale_kernel take runs of chunks. Each is 0 when the kernels are loaded and after every launch
-// that uses it. They are static memory, which no allocator reuses.
-constexpr int kArrivalCounters = 1024;
-__device__ unsigned arrival_counters[kArrivalCounters];
+// that uses it. They are static memory, which no allocator reuses: 64 KB, of which a captured call
+// keeps two for good, since nothing tells when its graph is gone.
+constexpr int kCounters = 16384;
+__device__ unsigned counters[kCounters];
 
 /// What a launch depends on: properties of the device, and of the code that this device runs.
 struct Device {
   int index = 0;
-  unsigned* arrival_counters = nullptr;
+  unsigned* counters = nullptr;
   int multiprocessors = 0;
   bool dependent_launch = false;
   bool large_parameters = false;
@@ -74,9 +75,9 @@ cudaError_t describe(int index, Device& device) {
     error = cudaFuncGetAttributes(&scale, scale_kernel<LaunchTable<kSmallLaunchTensors>>);
   }
   // Queried here, once: the binding makes sure that the query does not invalidate a stream capture.
-  void* counters = nullptr;
-  if (error == cudaSuccess) error = cudaGetSymbolAddress(&counters, arrival_counters);
-  device.arrival_counters = static_cast<unsigned*>(counters);
+  void* address = nullptr;
+  if (error == cudaSuccess) error = cudaGetSymbolAddress(&address, counters);
+  device.counters = static_cast<unsigned*>(address);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }

@@ -97,40 +97,37 @@ cudaError_t for_each_launch(const TensorList& list, Order order, Launch&& launch
   return for_each_table<kSmallLaunchTensors>(list, order, device, launch);
 }
 
-/// Returns the counter of a stream, which it keeps until the process ends: clearing a counter
-/// before each norm would be one more kernel per step. Null if other streams have all counters.
-unsigned* counter_of_stream(const Device& device, cudaStream_t stream) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, cudaStream_t>, int> slots;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = slots.find({device.index, stream});
-  if (found != slots.end()) return device.arrival_counters + found->second;
-  if (slots.size() == kArrivalCounters) return nullptr;
-  const int slot = static_cast<int>(slots.size());
-  slots[{device.index, stream}] = slot;
-  return device.arrival_counters + slot;
-}
-
-/// Finds the counter that the stream's kernels share, one after the other. It is null in a captured
-/// graph, because other work may run on the captured stream while the graph is replayed; and for a
-/// stream that may be destroyed, because a new stream may get its handle while its work is
-/// unfinished.
-cudaError_t find_shared_counter(const Device& device, cudaStream_t stream, bool is_pool_stream,
-                                unsigned** counter) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
-  const bool is_shared = capture == cudaStreamCaptureStatusNone && is_pool_stream;
-  *counter = error == cudaSuccess && is_shared ? counter_of_stream(device, stream) : nullptr;
-  return error;
-}
-
-/// Finds a counter that is 0 when the norm begins: the stream's or, where that is null, one in
-/// scratch memory, which has to be cleared first.
-cudaError_t find_counter(void* scratch, cudaStream_t stream, bool is_pool_stream,
-                         unsigned** counter) {
+/// Finds a counter in static memory that is 0 whenever the kernels of this call begin: clearing one
+/// before each norm would be one more kernel per step. A stream of torch's pool keeps its counter
+/// until the process ends. A captured call keeps one of its own, because other work may run on the
+/// captured stream while the graph is replayed. Null where all counters are in use, and for a
+/// stream that may be destroyed: a new stream may get its handle while its work is unfinished.
+cudaError_t find_counter(cudaStream_t stream, bool is_pool_stream, unsigned** counter) {
+  *counter = nullptr;
   Device device;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = find_shared_counter(device, stream, is_pool_stream, counter);
+  if (error == cudaSuccess) error = cudaStreamIsCapturing(stream, &capture);
+  const bool is_captured = capture != cudaStreamCaptureStatusNone;
+  if (error != cudaSuccess || !(is_captured || is_pool_stream)) return error;
+  static std::mutex mutex;
+  static std::map<std::pair<int, cudaStream_t>, int> of_streams;
+  static int in_use = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = of_streams.find({device.index, stream});
+  if (!is_captured && found != of_streams.end()) {
+    *counter = device.counters + found->second;
+  } else if (in_use < kCounters) {
+    if (!is_captured) of_streams[{device.index, stream}] = in_use;
+    *counter = device.counters + in_use++;
+  }
+  return cudaSuccess;
+}
+
+/// As find_counter, but where that finds none, takes one in scratch memory and clears it first.
+cudaError_t require_counter(void* scratch, cudaStream_t stream, bool is_pool_stream,
+                            unsigned** counter) {
+  const cudaError_t error = find_counter(stream, is_pool_stream, counter);
   if (error != cudaSuccess || *counter != nullptr) return error;
   *counter = static_cast<unsigned*>(scratch);
   return cudaMemsetAsync(scratch, 0, sizeof **counter, stream);
@@ -207,7 +204,7 @@ cudaError_t enqueue_tensors(const TensorList& list, double norm_type, TensorOutp
 cudaError_t clip_large_units(const LargeUnits& units, const AdaptiveRule& rule, void* scratch,
                              cudaStream_t stream, bool is_pool_stream) {
   TensorOutput out = {};
-  cudaError_t error = find_counter(scratch, stream, is_pool_stream, &out.arrivals);
+  cudaError_t error = require_counter(scratch, stream, is_pool_stream, &out.arrivals);
   if (error != cudaSuccess) return error;
   double* weight_norms = reinterpret_cast<double*>(static_cast<char*>(scratch) + kCounterBytes);
   double* norms = weight_norms + units.grads.size();
@@ -245,7 +242,7 @@ int64_t norm_scratch_bytes(const TensorList& list) {
 cudaError_t launch_norm(const TensorList& list, double norm_type, const Limits& limits,
                         const NormBuffers& buffers, cudaStream_t stream, bool is_pool_stream) {
   unsigned* counter = nullptr;
-  cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &counter);
+  cudaError_t error = require_counter(buffers.scratch, stream, is_pool_stream, &counter);
   if (error != cudaSuccess) return error;
   NormOutput out = {};
   out.partials = reinterpret_cast<double*>(static_cast<char*>(buffers.scratch) + kCounterBytes);
@@ -278,7 +275,7 @@ int64_t tensors_scratch_bytes(const TensorList& list) {
 cudaError_t launch_tensors(const TensorList& list, double norm_type, const Limits& limits,
                            const TensorBuffers& buffers, cudaStream_t stream, bool is_pool_stream) {
   TensorOutput out = {};
-  const cudaError_t error = find_counter(buffers.scratch, stream, is_pool_stream, &out.arrivals);
+  const cudaError_t error = require_counter(buffers.scratch, stream, is_pool_stream, &out.arrivals);
   if (error != cudaSuccess) return error;
   out.partials = static_cast<char*>(buffers.scratch) + kCounterBytes;
   out.norms = buffers.norms;
@@ -316,15 +313,15 @@ cudaError_t launch_clip_adaptive(const AdaptiveLists& lists, const AdaptiveRule&
 
 cudaError_t launch_scale(const TensorList& list, const Coefficients& coefs, cudaStream_t stream,
                          bool is_pool_stream) {
+  unsigned* counter = nullptr;
+  const cudaError_t error = find_counter(stream, is_pool_stream, &counter);
+  if (error != cudaSuccess) return error;
   const auto launch = [&](const auto& table, const Device& device, bool, bool is_last) {
     using Table = std::decay_t<decltype(table)>;
-    Runs runs = {};
-    const cudaError_t error = find_shared_counter(device, stream, is_pool_stream, &runs.taken);
-    if (error != cudaSuccess) return error;
-    const int most = runs.taken != nullptr ? kResidentBlocks : kBlocksPerMultiprocessor;
+    const int most = counter != nullptr ? kResidentBlocks : kBlocksPerMultiprocessor;
     const unsigned blocks = blocks_for(list, table, device, most);
-    runs.count = runs.taken != nullptr ? runs_for(list, table) : blocks;
-    if (runs.count == blocks) runs.taken = nullptr;
+    const unsigned count = counter != nullptr ? runs_for(list, table) : blocks;
+    const Runs runs = {count, count > blocks ? counter : nullptr};
     return enqueue(scale_kernel<Table>, blocks, device.dependent_launch, stream, table, coefs,
                    !is_last, runs);
   };

@@ -84,10 +84,12 @@ __device__ double block_reduce(double value, double* shared) {
 
 /// Returns true in all threads of the block that arrives here last, to which everything that the
 /// other blocks wrote before is visible, and false in all other blocks. `arrivals` has to be 0
-/// before the launch and is 0 after it, so that the next launch can use it without clearing it.
+/// before the launch and is 0 after it, so that the next launch can use it without clearing it. A
+/// launch of one block leaves it alone.
 __device__ inline bool is_last_block(unsigned* arrivals) {
   __shared__ bool last;
   __syncthreads();
+  if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) {
     __threadfence();  // makes what the whole block wrote before the barrier visible first
     last = atomicInc(arrivals, gridDim.x - 1) == gridDim.x - 1;

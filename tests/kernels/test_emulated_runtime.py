@@ -192,14 +192,58 @@ def test_after_a_failure_the_next_norm_of_a_stream_is_right(
     torch.cuda.synchronize()
 
 
-def test_more_streams_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The streams that get no counter clear one before every norm."""
-    set_pool_stream(monkeypatch, True)
-    grads = [torch.full((100_000,), 2.0, device="cuda")]
-    torch.cuda.synchronize()
-    streams, norms = [external_stream() for _ in range(1030)], []
-    for stream in [*streams, *streams[::100], *streams[-3:]]:
-        with torch.cuda.stream(stream):
-            norms.append(gradclip_ext.get_total_norm(grads, 1.0, backend="cuda"))
-    torch.cuda.synchronize()
-    assert {norm.item() for norm in norms} == {200_000.0}
+@pytest.mark.parametrize("numel", [10, 70_000])
+def test_a_captured_call_clears_no_counter(numel: int) -> None:
+    """It has counters of its own, which each replay leaves at 0."""
+    runtime = importlib.import_module("sitecustomize").RUNTIME
+    params = [parameter(torch.empty(numel, device="cuda")) for _ in range(2)]
+    gradclip_ext.clip_grad_norm_(params, 1.0, 1.0, backend="cuda")  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        runtime.cudaEmulatorFail(b"cudaMemsetAsync", 1, 2)
+        norms = [gradclip_ext.clip_grad_norm_(p, float(numel), 1.0, backend="cuda") for p in params]
+        runtime.cudaEmulatorFail(b"cudaMemsetAsync", 0, 0)
+    for value in (3.0, 0.5, 4.0):
+        for param in params:
+            param.grad.fill_(value)
+        graph.replay()
+        gradclip_ext.get_total_norm([params[0].grad], backend="cuda")  # beside it, by the stream's counter
+        for param, norm in zip(params, norms):
+            assert norm.item() == value * numel
+            assert param.grad.unique().tolist() == pytest.approx([min(value, 1.0)])
+
+
+MORE_CALLS_THAN_COUNTERS = """
+import ctypes, torch, gradclip_ext
+
+runtime = ctypes.CDLL(None)
+param = torch.nn.Parameter(torch.empty(70_000, device="cuda"))
+param.grad = torch.full((70_000,), 2.0, device="cuda")
+norms = lambda count: [gradclip_ext.get_total_norm([param.grad], 1.0, backend="cuda") for _ in range(count)]
+norms(1)
+for _ in range(9):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        norms(2000)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = [*norms(2), gradclip_ext.clip_grad_norm_(param, 70_000.0, 1.0, backend="cuda"), *norms(1)]
+for value in (3.0, 5.0):
+    param.grad.fill_(value)
+    graph.replay()
+    print([round(norm.item() / 70_000, 5) for norm in captured], round(param.grad.mean().item(), 5))
+print(norms(1)[0].isfinite().item())  # by the counter that this stream has had from the beginning
+with torch.cuda.stream(torch.cuda.Stream()):
+    print(round(norms(2)[1].item() / 70_000, 5))
+    runtime.cudaEmulatorFail(b"cudaMemsetAsync", 1, 2)
+    try:
+        norms(1)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_more_calls_than_counters() -> None:
+    """Captured calls, and streams, that get no counter clear one before every norm."""
+    out = run_python("-c", MORE_CALLS_THAN_COUNTERS, timeout=200)
+    replays = "[3.0, 3.0, 3.0, 1.0] 1.0\n[5.0, 5.0, 5.0, 1.0] 1.0\n"
+    assert out == replays + "True\n1.0\nCUDA error: emulated CUDA error 2\n"
