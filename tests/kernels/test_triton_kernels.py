@@ -130,6 +130,19 @@ def test_clamp_touches_every_element(dtype: torch.dtype) -> None:
 
 
 @over_dtypes
+def test_one_element_outside_among_nans_is_clamped(dtype: torch.dtype) -> None:
+    """Which vectors change is told by their smallest and largest element."""
+    vec = 16 // dtype.itemsize
+    vectors = torch.full((2 * vec + 1, vec), math.nan, dtype=dtype)
+    for i in range(vec):
+        vectors[i, i], vectors[vec + i, i] = 3.0, -3.0
+    grad = vectors.repeat(chunk_numel(dtype) // vectors.numel() + 1, 1).flatten()
+    expected = grad.clamp(-1.0, 2.0)
+    clamp_([grad], -1.0, 2.0)
+    assert same(grad.nan_to_num(0.5), expected.nan_to_num(0.5)) and same(grad.isnan(), expected.isnan())
+
+
+@over_dtypes
 def test_bits_of_nan_survive_a_clamp(dtype: torch.dtype) -> None:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     # Quiet NaNs with a payload and of either sign.

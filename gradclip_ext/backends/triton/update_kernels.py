@@ -121,42 +121,52 @@ def scale_kernel(
 
 
 @triton.jit
-def _clamped(x, low, high):
-    """Return x clamped to [low, high], and a mask of the elements that change.
-
-    The dtype of x represents both bounds exactly. Elements are compared in the dtype of the bounds but
-    selected in their own, so that NaN keeps its bits.
-    """
-    below = x.to(low.dtype) < low
-    above = x.to(low.dtype) > high
-    return tl.where(below, low.to(x.dtype), tl.where(above, high.to(x.dtype), x)), below | above
+def _is_outside(x, low, high):
+    """Return which elements are outside of [low, high], compared in the dtype of the bounds. No NaN is."""
+    return (x.to(low.dtype) < low) | (x.to(low.dtype) > high)
 
 
 @triton.jit
-def _rows_with(changed):
-    """Return which rows of a tile, of 16 bytes each, have an element that changes: rows are stored whole."""
-    return tl.max(changed.to(tl.int32), axis=1, keep_dims=True) > 0
+def _has_outside(x, low, high):
+    """Return which rows of a tile, of 16 bytes each, have an element outside of [low, high].
+
+    By the smallest and the largest one, which tl.min and tl.max find among the elements that are not NaN.
+    When each element was asked, half types took an H200 as long as float32, which has twice the bytes: a
+    vector took 100 instructions to clamp and store, and takes 71 now (sm_90, Triton 3.6).
+    """
+    x = x.to(low.dtype)
+    return (tl.min(x, axis=1, keep_dims=True) < low) | (tl.max(x, axis=1, keep_dims=True) > high)
+
+
+@triton.jit
+def _clamped(x, low, high):
+    """Return x clamped to bounds that its dtype represents exactly.
+
+    Elements are compared in the dtype of the bounds but selected in their own, so that NaN keeps its bits.
+    """
+    wide = x.to(low.dtype)
+    return tl.where(wide < low, low.to(x.dtype), tl.where(wide > high, high.to(x.dtype), x))
 
 
 @triton.jit
 def _clamp_chunk(address, length, low, high, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Clamp a chunk. Store whole vectors, and of the elements around them single ones."""
+    """Clamp a chunk. Of its vectors, those with an element that changes are stored whole."""
     start, vectors = _aligned_vectors(address, length, COLS)
     whole = vectors // ROWS * ROWS
     x_ptrs = _aligned_ptr(start, DTYPE) + _offsets(0, ROWS, COLS)
     for row in range(0, whole, ROWS):
         ptrs = x_ptrs + row * COLS
-        x, changed = _clamped(_load_ahead(ptrs), low, high)
-        tl.store(ptrs, x, mask=_rows_with(changed))
+        x = _load_ahead(ptrs)
+        tl.store(ptrs, _clamped(x, low, high), mask=_has_outside(x, low, high))
     if whole < vectors:
         ptrs = x_ptrs + whole * COLS
         mask = whole + tl.arange(0, ROWS)[:, None] < vectors
-        x, changed = _clamped(_load_ahead(ptrs, mask), low, high)
-        tl.store(ptrs, x, mask=mask & _rows_with(changed))
+        x = _load_ahead(ptrs, mask)
+        tl.store(ptrs, _clamped(x, low, high), mask=mask & _has_outside(x, low, high))
     # Not beside the last vectors as in _scale_chunk: for half types that takes registers from all tiles.
     edge_ptrs, is_edge = _edge_ptrs(address, length, DTYPE, COLS)
-    edges, changed = _clamped(tl.load(edge_ptrs, mask=is_edge), low, high)
-    tl.store(edge_ptrs, edges, mask=is_edge & changed)
+    edges = tl.load(edge_ptrs, mask=is_edge)
+    tl.store(edge_ptrs, _clamped(edges, low, high), mask=is_edge & _is_outside(edges, low, high))
 
 
 @triton.jit(do_not_specialize=["min_bits", "max_bits", "first", "last"])
