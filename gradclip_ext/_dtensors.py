@@ -104,6 +104,11 @@ def why_unsupported(tensor: Tensor) -> str | None:
     return None
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Tell whether ranks hold different parts of a tensor."""
+    return type(tensor) is DTensor and any(type(p) in _SHARDS for p in tensor._spec.placements)
+
+
 def weights_with_whole_units(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's part of each weight, for adaptive clipping, which looks at slices along dimension 0.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,16 +89,18 @@ class JointNorm:
             raise error
         return total
 
-    def statistics(self) -> Tensor:
+    def statistics(self, names: Sequence[str] | None) -> Tensor:
         """Return the rows of :meth:`Backend.statistics` with a column for each parameter: of whole gradients,
         in float64, the same on all ranks. Two all-reduces, of 2 T and 3 T numbers."""
-        return self._of_each(4, lambda whole: whole.statistics(self._call.norm_type)[1])
+        return self._of_each(4, lambda whole: whole.statistics(self._call.norm_type, None)[1], names)
 
     def norms(self) -> Tensor:
         """Return the norm of each parameter's whole gradient, as above. Two all-reduces of T numbers."""
         return self._of_each(1, lambda whole: whole.clip_each_(self._call.norm_type, REPORT)[None])[0]
 
-    def _of_each(self, count: int, read: Callable[[GradientList], Tensor]) -> Tensor:
+    def _of_each(
+        self, count: int, read: Callable[[GradientList], Tensor], names: Sequence[str] | None = None
+    ) -> Tensor:
         """Return what ``read`` says of every gradient, joined over the ranks: ``count`` rows of norms,
         largest magnitudes and numbers that add up, with a column for each parameter.
 
@@ -112,7 +115,7 @@ class JointNorm:
                 error = caught  # raised after the all-reduces that the other ranks wait for
         if rows is None:
             rows = torch.full((count + 1, len(self._call.parameters)), math.nan, dtype=torch.float64)
-        self._check_same_length(error)
+        self._check_same_parameters(names, error)
         *own, weights = rows.to(self._device)
         order = self._call.norm_type
         bits = torch.stack(own[:2]).view(torch.int64) & _WITHOUT_SIGN  # as in _dominant
@@ -143,25 +146,27 @@ class JointNorm:
         found = torch.cat([found, on_device(weights, found.device)[None]])
         return Segments(list(self._call.parameters)).of_parameters(found)
 
-    def _check_same_length(self, error: Exception | None) -> None:
+    def _check_same_parameters(self, names: Sequence[str] | None, error: Exception | None) -> None:
         """Raise on all ranks alike if they have different numbers of parameters, whose vectors would be added
-        up wrongly or never.
+        up wrongly or never, or other names, as pipeline stages have.
 
-        Takes one more all-reduce, for which the host waits, so it is done once for a number and a layout: it
-        finds a group that does not fit, not a list that changes later on some ranks.
+        Takes one more all-reduce, for which the host waits, so it is done once for a set of parameters and a
+        layout: it finds a group that does not fit, not a list that changes later on some ranks.
         """
         count = len(self._call.parameters)
-        if count in self._layout.checked_lengths:
+        checksum = 0 if names is None else zlib.crc32("\n".join(names).encode())
+        if (count, checksum) in self._layout.agreed:
             return
-        bounds = torch.tensor([count, -count], dtype=torch.int64, device=self._device)
-        most, least = self._layout.all_reduce(bounds, dist.ReduceOp.MAX).tolist()
-        if most != -least:
+        bounds = torch.tensor([count, -count, checksum, -checksum], device=self._device)
+        most, least, largest, smallest = self._layout.all_reduce(bounds, dist.ReduceOp.MAX).tolist()
+        if (most, largest) != (-least, -smallest):
+            what = f"between {-least} and {most} parameters, this one {count}"
             raise error or ValueError(
-                f"the ranks pass between {-least} and {most} parameters, this one {count}: results for each "
-                "parameter need the same parameters in the same order on all ranks of group= and of the "
+                f"the ranks pass {what if most != -least else 'parameters of different names'}: results for "
+                "each parameter need the same parameters in the same order on all ranks of group= and of the "
                 "DTensors' meshes (pipeline stages differ: leave their mesh out of group=)"
             )
-        self._layout.checked_lengths.add(count)
+        self._layout.agreed.add((count, checksum))
 
     def _norms(self, pieces: list[Tensor]) -> list[tuple[float, Tensor]]:
         """Return the weights that occur, each with the norm of this rank's tensors of that weight."""

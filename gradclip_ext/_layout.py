@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from gradclip_ext.arguments import describe
+
 Group = ProcessGroup | DeviceMesh
 # One all-reduce: a source (its position in Layout's list), and the dimension if that is a mesh.
 _Step = tuple[int, int | None]
@@ -67,8 +69,8 @@ class Layout:
         self.steps: list[_Step] = joined.steps
         if len(self.steps) > 1 and self.size == dist.get_world_size():
             self.steps = [(len(sources) - 1, None)]
-        #: The numbers of parameters that all ranks were found to agree on.
-        self.checked_lengths: set[int] = set()
+        #: The numbers of parameters, and checksums of their names, that all ranks were found to agree on.
+        self.agreed: set[tuple[int, int]] = set()
         named = [base, *(groups or ()), *on_this_rank]
         #: Where to communicate: for a group with several backends it has to be the same on all ranks.
         self.device_type: str | None = next((g.device_type for g in named if isinstance(g, DeviceMesh)), None)
@@ -160,7 +162,7 @@ def layout_of(meshes: Sequence[DeviceMesh], group: Any) -> Layout:
     It is made once for the same objects: a set of 100,000 ranks takes milliseconds to compare. The entry goes
     when one of them does.
     """
-    groups = _as_groups(group)
+    groups = as_groups(group)
     world = dist.group.WORLD if dist.is_initialized() else None
     members = [*meshes, *(groups or ()), *([] if world is None else [world])]
     key = (groups is None, len(meshes), *map(id, members))
@@ -172,21 +174,24 @@ def layout_of(meshes: Sequence[DeviceMesh], group: Any) -> Layout:
     return layout
 
 
-def _as_groups(group: Any) -> tuple[Group, ...] | None:
+def as_groups(group: Any) -> tuple[Group, ...] | None:
+    """Return what was passed as ``group=``, as a tuple."""
     if group is None:
         return None
     given = (group,) if isinstance(group, Group) else group
     groups = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
     for element in groups:
         if not isinstance(element, Group):
-            hint = (
-                ": this rank is not a member of that group"
-                if element == dist.GroupMember.NON_GROUP_MEMBER
-                else ""
-            )
+            hint = "pass one of these"
+            if isinstance(element, str):
+                hint = f"pass mesh[{element!r}]"
+            elif isinstance(element, int) and element == dist.GroupMember.NON_GROUP_MEMBER:
+                hint = "this rank is not a member of that group"
+            elif isinstance(element, int):
+                hint = "pass torch.distributed.new_group(...) of these ranks, made on all ranks alike"
             raise TypeError(
                 "group must be a ProcessGroup, a DeviceMesh or a sequence of these, got "
-                f"{element!r} of type {type(element).__name__}{hint}"
+                f"{describe(element)}: {hint}"
             )
     return groups
 

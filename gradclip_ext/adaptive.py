@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
-from gradclip_ext.gradients import as_plain, is_dispatch_subclass, read_gradients
+from gradclip_ext.checks import is_flattened
+from gradclip_ext.gradient_list import GradientList
+from gradclip_ext.gradients import as_plain, holds_dtensor, is_dispatch_subclass, read_gradients
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import AdaptiveRule
 from gradclip_ext.segments import listed_once
@@ -44,13 +47,16 @@ def adaptive_clip_grad_(
         TypeError: as :func:`clip_grad_norm_`.
         ValueError: clip_factor or eps is negative or NaN; the backend does not exist.
         RuntimeError: a gradient is expanded, or its shape differs from its weight's.
-        NotImplementedError: a DTensor is divided otherwise than along dimension 0 (below two dimensions: at
-            all) or still has to be summed over ranks; a tensor of another subclass that dispatches by itself.
+        NotImplementedError: a DTensor is divided otherwise than along dimension 0, or still has to be summed
+            over ranks; FSDP1 manages a parameter; a tensor of another subclass that dispatches by itself.
 
     Note:
-        No exception changes any gradient. Never synchronises or communicates: of DTensors each rank clips the
-        units that it has. Deterministic. A NaN makes its unit NaN, an infinity makes the finite elements of
-        its unit 0; other units do not notice. A NaN in a weight makes that unit of the gradient NaN.
+        No exception changes any gradient. Never synchronises, but once for DTensors as :func:`get_grad_stats`
+        does. Of DTensors each rank clips the units that it has, without communication. But one of one
+        dimension that is divided (a bias, a norm's weight) is a single unit: the norms of T' of these on a
+        mesh take four all-reduces of T' numbers, and all ranks of it need the same ones in the same order.
+        Deterministic. A NaN makes its unit NaN, an infinity makes the finite elements of its unit
+        0; other units do not notice. A NaN in a weight makes that unit of the gradient NaN.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.ones(2, 4))
@@ -68,27 +74,51 @@ def adaptive_clip_grad_(
     rule = AdaptiveRule(arguments.as_float("norm_type", norm_type), factor, least)
     with torch.no_grad():
         once = listed_once(listed)
-        selection = Selection(backend, None, is_intercepted())
-        gradients = read_gradients(once, selection)
-        calls.count("adaptive_clip_grad_", gradients, selection)
-        weights = once
-        if gradients is None or len(gradients.tensors) < len(once):
-            weights = [p for p in once if p.grad is not None]
-        if gradients is not None and gradients.is_sharded:
-            from gradclip_ext import _dtensors  # noqa: PLC0415  (importing torch's DTensor takes a second)
-
-            weights = _dtensors.weights_with_whole_units(weights, [p.grad for p in weights])
-        if gradients is None or any(map(is_dispatch_subclass, weights)):
+        if any(map(is_flattened, once)):
             raise NotImplementedError(
-                "adaptive_clip_grad_: not supported for tensors that dispatch by themselves (FakeTensor, or "
-                "DTensors under torch.compile): clip outside of the compiled function, or leave them out"
+                "adaptive_clip_grad_: FSDP1 flattens the parameters, so no rank has whole slices: use "
+                "fully_shard"
             )
-        weights = as_plain(weights)
-        for index, (grad, weight) in enumerate(zip(gradients.tensors, weights)):
-            if grad.shape != weight.shape:
-                raise RuntimeError(
-                    f"gradient {index} has shape {tuple(grad.shape)} and its weight {tuple(weight.shape)}: "
-                    "adaptive clipping compares them slice by slice, so they have to be alike"
-                )
+        selection = Selection(backend, None, is_intercepted())
+        if not holds_dtensor(once) or torch.compiler.is_compiling():
+            gradients, weights = _read(once, selection)
+            calls.count("adaptive_clip_grad_", gradients, selection)
+        else:
+            from gradclip_ext import distributed  # noqa: PLC0415  (importing torch's DTensor takes a second)
+
+            cut, others = distributed.set_apart_cut_units(once)
+            error: Exception | None = None
+            try:
+                gradients, weights = _read(others, selection)
+                calls.count("adaptive_clip_grad_", gradients, selection)
+            except Exception as caught:
+                error = caught  # raised after the norms that other ranks wait for
+            for sharded, coefs in distributed.cut_units(cut, rule, selection, error):
+                sharded.scale_(coefs)
         if gradients.tensors:
             gradients.clip_adaptive_(weights, rule)
+
+
+def _read(parameters: list[Any], selection: Selection) -> tuple[GradientList, Sequence[Tensor]]:
+    """Return the gradients of parameters whose units each lie on one rank, and this rank's weights."""
+    gradients = read_gradients(parameters, selection)
+    weights = parameters
+    if gradients is None or len(gradients.tensors) < len(parameters):
+        weights = [p for p in parameters if p.grad is not None]
+    if gradients is not None and gradients.is_sharded:
+        from gradclip_ext import _dtensors  # noqa: PLC0415  (importing torch's DTensor takes a second)
+
+        weights = _dtensors.weights_with_whole_units(weights, [p.grad for p in weights])
+    if gradients is None or any(map(is_dispatch_subclass, weights)):
+        raise NotImplementedError(
+            "adaptive_clip_grad_: not supported for tensors that dispatch by themselves (FakeTensor, or "
+            "DTensors under torch.compile): clip outside of the compiled function, or leave them out"
+        )
+    weights = as_plain(weights)
+    for index, (grad, weight) in enumerate(zip(gradients.tensors, weights)):
+        if grad.shape != weight.shape:
+            raise RuntimeError(
+                f"gradient {index} has shape {tuple(grad.shape)} and its weight {tuple(weight.shape)}: "
+                "adaptive clipping compares them slice by slice, so they have to be alike"
+            )
+    return gradients, weights

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,17 @@ from torch.optim import Optimizer
 
 from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
+from gradclip_ext.checks import check_not_flattened
 from gradclip_ext.clip import clip_grad_norm_
-from gradclip_ext.gradients import read_gradients
+from gradclip_ext.gradients import check_group, read_gradients
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import Limit, Rule, on_device
+
+if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = ProcessGroup | DeviceMesh
 
 _METHOD = "_unscale_grads_"  # what GradScaler.unscale_ calls between its checks and its bookkeeping
 _ITS_PARAMETERS = ["self", "optimizer", "inv_scale", "found_inf", "allow_fp16"]
@@ -29,6 +37,8 @@ def unscale_and_clip_grad_norm_(
     norm_type: float = 2.0,
     *,
     backend: str | None = None,
+    group: Group | Sequence[Group] | None = None,
+    copies: Callable[[Any], int] | None = None,
 ) -> Tensor:
     """Unscale an optimizer's gradients and clip them by their joint norm; return the norm from before.
 
@@ -47,6 +57,8 @@ def unscale_and_clip_grad_norm_(
         norm_type: as in :func:`clip_grad_norm_`. Norms of order 0 or less do not show infinities, so that
             the scaler unscales first.
         backend: as in :func:`clip_grad_norm_`.
+        group: as in :func:`clip_grad_norm_`. All of its ranks find the same infinities, too.
+        copies: as in :func:`clip_grad_norm_`.
 
     Returns:
         The norm of the unscaled gradients, as :func:`clip_grad_norm_` returns it.
@@ -55,15 +67,16 @@ def unscale_and_clip_grad_norm_(
         TypeError: scaler is no GradScaler or optimizer no Optimizer; otherwise as :func:`clip_grad_norm_`.
         ValueError: a gradient is float16, which GradScaler does not unscale; otherwise as
             :func:`clip_grad_norm_`.
-        RuntimeError: the optimizer has been unscaled or has stepped since the last ``update()``; otherwise
-            as :func:`clip_grad_norm_`.
+        RuntimeError: the optimizer has been unscaled or has stepped since the last ``update()``; a scaler
+            with an unscaling of its own, FSDP1's parameters, and no group; otherwise as
+            :func:`clip_grad_norm_`.
         AssertionError: ``scaler.scale`` has not been called, as from torch. No exception changes a gradient,
             unless the scaler unscales first.
 
     Note:
-        Synchronises and communicates as :func:`clip_grad_norm_` does. Of DTensors the norm is that of all
-        ranks, so all of them find the same infinities and skip the same steps. An infinity counts for one
-        device only, as the fused optimizers expect it.
+        Synchronises and communicates as :func:`clip_grad_norm_` does. Of DTensors and with group the norm is
+        that of all ranks, so all of them find the same infinities and skip the same steps. An infinity
+        counts for one device only, as the fused optimizers expect it.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -81,11 +94,12 @@ def unscale_and_clip_grad_norm_(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not callable(getattr(scaler, "unscale_", None)) or not callable(getattr(scaler, "is_enabled", None)):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    check_group(group, copies)
     selection = Selection(backend, None, is_intercepted())
     parameters = parameters_of(optimizer)
     if scaler.is_enabled():
         if norm_type > 0.0 and _unscales_as_torch_does(scaler):
-            unscaling = _Unscaling(scaler, parameters, norm_type, rule, selection)
+            unscaling = _Unscaling(scaler, parameters, norm_type, rule, selection, group, copies)
             setattr(scaler, _METHOD, unscaling)
             try:
                 scaler.unscale_(optimizer)
@@ -94,8 +108,10 @@ def unscale_and_clip_grad_norm_(
             if unscaling.total_norm is not None:
                 return unscaling.total_norm
         else:
+            if group is None:
+                check_not_flattened(parameters)
             scaler.unscale_(optimizer)
-    return clip_grad_norm_(parameters, rule.max_norm, norm_type, backend=backend)
+    return clip_grad_norm_(parameters, rule.max_norm, norm_type, backend=backend, group=group, copies=copies)
 
 
 def parameters_of(optimizer: Any) -> list[Tensor]:
@@ -116,7 +132,14 @@ class _Unscaling:
     """Takes the place of a scaler's ``_unscale_grads_`` for one call, and clips."""
 
     def __init__(
-        self, scaler: Any, parameters: list[Any], norm_type: float, rule: Rule, selection: Selection
+        self,
+        scaler: Any,
+        parameters: list[Any],
+        norm_type: float,
+        rule: Rule,
+        selection: Selection,
+        group: Any,
+        copies: Any,
     ) -> None:
         self.total_norm: Tensor | None = None  # None if the gradients were only unscaled
         self._scaler = scaler
@@ -124,6 +147,8 @@ class _Unscaling:
         self._norm_type = norm_type
         self._rule = rule
         self._selection = selection
+        self._group = group
+        self._copies = copies
 
     @torch.no_grad()
     def __call__(
@@ -137,7 +162,13 @@ class _Unscaling:
                 "Attempting to unscale FP16 gradients. GradScaler wants float32 parameters beside autocast: "
                 "do not convert the model with half()"
             )
-        gradients = read_gradients(self._parameters, self._selection, norm_type=self._norm_type)
+        gradients = read_gradients(
+            self._parameters,
+            self._selection,
+            norm_type=self._norm_type,
+            group=self._group,
+            copies=self._copies,
+        )
         calls.count("unscale_and_clip_grad_norm_", gradients, self._selection)
         if gradients is None:
             unscale = getattr(type(self._scaler), _METHOD)

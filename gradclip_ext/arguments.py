@@ -28,7 +28,7 @@ def as_float(name: str, value: Any) -> float:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
             f"{name} must be a number (int, float, numeric string or one-element tensor with a value) "
-            f"that a float can hold, got {_describe(value)}"
+            f"that a float can hold, got {describe(value)}"
         ) from error
 
 
@@ -54,7 +54,7 @@ def as_count(name: str, value: Any, least: int) -> int:
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be an int, got {_describe(value)}: pass a whole number") from error
+        raise TypeError(f"{name} must be an int, got {describe(value)}: pass a whole number") from error
     if number < least:
         raise ValueError(f"{name} must be {least} or more, got {number}: pass such a number")
     return number
@@ -66,6 +66,11 @@ def as_limit(value: Any, *, allows_vector: bool = True, allows_function: bool = 
     Tensors in CPU memory are checked as a number is, because the host can see their values.
     """
     if isinstance(value, Tensor):
+        if value.dtype is torch.bool:
+            raise TypeError(
+                f"max_norm must be the largest allowed norm, got {describe(value)}: pass a number (a "
+                "condition is for skip_step_)"
+            )
         if value.is_complex():
             raise TypeError(f"max_norm must be a real number, got a tensor of {value.dtype}: pass its abs()")
         limit = as_floating(whole(value).detach())
@@ -85,11 +90,14 @@ def as_limit(value: Any, *, allows_vector: bool = True, allows_function: bool = 
     elif callable(value):
         if not allows_function:
             raise TypeError(
-                f"max_norm must be a number or a tensor, got the function {_describe(value)}: call it with "
+                f"max_norm must be a number or a tensor, got the function {describe(value)}: call it with "
                 "the norm, and pass what it returns"
             )
         function: Limit = value
         return function
+    elif isinstance(value, (list, tuple)):
+        hint = "pass torch.tensor(...) of it" if allows_vector else "pass one number"
+        raise TypeError(f"max_norm must be a number or a tensor, got {describe(value)}: {hint}")
     return as_threshold("max_norm", value)
 
 
@@ -118,10 +126,16 @@ def as_list(name: str, tensors: Any) -> list[Any]:
             f"{type(tensors).__name__}: pass {_of_a_module(name)}"
         )
     if isinstance(tensors, str) or not (isinstance(tensors, Iterable) or hasattr(tensors, "__getitem__")):
-        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {_describe(tensors)}")
+        hint = ""
+        if isinstance(tensors, torch.optim.Optimizer):
+            hint = f": pass {_OF_AN_OPTIMIZER}"
+        elif isinstance(tensors, types.MethodType):
+            hint = f": call it, {tensors.__name__}()"
+        raise TypeError(f"{name} must be a Tensor or an iterable of Tensors, got {describe(tensors)}{hint}")
     result = list(tensors)
     if isinstance(tensors, Mapping) and not all(isinstance(key, Tensor) for key in result):
-        raise TypeError(f"{name} must be an iterable of Tensors, got {_describe(tensors)}: pass its values()")
+        hint = f"pass {_of_a_mapping(name, tensors)}"
+        raise TypeError(f"{name} must be an iterable of Tensors, got {describe(tensors)}: {hint}")
     if not result and isinstance(tensors, types.GeneratorType) and name != "tensors":
         warnings.warn(
             f"`{name}` is an empty generator, no gradient clipping will occur.",
@@ -134,7 +148,7 @@ def as_total_norm(value: Any) -> Tensor:
     """Return ``value``, a real tensor, as a 0-d tensor if it has one element, or as a vector."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"total_norm must be a 0-d Tensor, as get_total_norm returns it, got {_describe(value)}: "
+            f"total_norm must be a 0-d Tensor, as get_total_norm returns it, got {describe(value)}: "
             "wrap a number in torch.tensor(...)"
         )
     if value.is_complex():
@@ -179,12 +193,27 @@ def raise_if_not_tensors(name: str, elements: Sequence[Any]) -> None:
         elif isinstance(element, torch.nn.Module):
             hint = f": pass {_of_a_module(name)}"
         elif isinstance(element, dict) and "params" in element:
-            hint = ": pass [p for group in optimizer.param_groups for p in group['params']]"
+            hint = f": pass {_OF_AN_OPTIMIZER}"
         elif isinstance(element, (list, set, dict)):
             hint = ": flatten nested lists first"
+        elif isinstance(element, str):
+            hint = ": names came instead of tensors, so pass the values()"
+        elif element is None:
+            hint = ": leave out parameters without a gradient"
         raise TypeError(
-            f"every element of {name} must be a Tensor, got {_describe(element)} at position {index}{hint}"
+            f"every element of {name} must be a Tensor, got {describe(element)} at position {index}{hint}"
         )
+
+
+_OF_AN_OPTIMIZER = "[p for group in optimizer.param_groups for p in group['params']]"
+
+
+def _of_a_mapping(name: str, mapping: Mapping[Any, Any]) -> str:
+    if "params" in mapping:
+        return "group['params']"
+    if name != "tensors" and not any(getattr(value, "requires_grad", True) for value in mapping.values()):
+        return "module.parameters() (those of a state_dict have no gradients)"
+    return "its values()"
 
 
 def _of_a_module(name: str) -> str:
@@ -194,8 +223,9 @@ def _of_a_module(name: str) -> str:
     return "module.parameters()"
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return what was passed, for a message: in one line of moderate length."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

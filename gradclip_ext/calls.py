@@ -27,16 +27,24 @@ REPORT_VARIABLE = "GRADCLIP_EXT_REPORT"
 
 def profiled(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """Make each call of a public function a row of torch.profiler (or, under emit_nvtx, an NVTX range)."""
-    row = f"gradclip_ext::{function.__name__.lstrip('_')}"
+    return profiled_as(function.__name__)(function)
 
-    @functools.wraps(function)
-    def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
-            return function(*args, **kwargs)
-        with profiler.record_function(row):
-            return function(*args, **kwargs)
 
-    return call
+def profiled_as(name: str) -> Callable[[Callable[_Args, _Result]], Callable[_Args, _Result]]:
+    """As :func:`profiled`, under the name of a public function: that under which its calls are counted."""
+    row = f"gradclip_ext::{name}"
+
+    def decorate(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+        @functools.wraps(function)
+        def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+            if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+                return function(*args, **kwargs)
+            with profiler.record_function(row):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def count(function: str, gradients: GradientList | None, selection: Selection) -> None:

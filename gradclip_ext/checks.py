@@ -92,5 +92,20 @@ def check_representable(dtypes: Iterable[torch.dtype], *bounds: float) -> None:
                 )
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Tell whether FSDP1 has made a parameter part of a flat one, or it is such a flat one: a plain tensor
+    that holds this rank's part of the values."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def check_not_flattened(parameters: Iterable[Tensor]) -> None:
+    """Raise if FSDP1 manages a parameter, for a norm to which nothing joins the other ranks."""
+    if any(map(is_flattened, parameters)):
+        raise RuntimeError(
+            "FSDP1 manages these parameters, so each rank would clip by the norm of its own part: pass "
+            "group=fsdp.process_group, or group=() with NO_SHARD, where each rank has all"
+        )
+
+
 def _gradient(index: int, tensor: Tensor) -> str:
     return f"gradient {index} (shape {tuple(tensor.shape)})"

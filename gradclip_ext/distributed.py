@@ -10,7 +10,10 @@ not skipped: a NaN on any rank then reaches all of them, and nobody's coordinate
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -24,8 +27,8 @@ from gradclip_ext._joint_norm import Call, Copies, JointNorm
 from gradclip_ext._layout import Layout, layout_of
 from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
-from gradclip_ext.norms import Coefficient, Rule, combine_norms
-from gradclip_ext.segments import listed_once
+from gradclip_ext.norms import AdaptiveRule, Coefficient, Rule, combine_norms
+from gradclip_ext.segments import Segments, listed_once
 
 
 def count_elements(parameters: Any, *, group: Any = None, copies: Copies | None = None) -> Tensor:
@@ -156,7 +159,7 @@ def read_tensors(
     return _read_for_norm(call, lambda parts: gradients.read_only(parts, selection))
 
 
-def _read_for_norm(call: Call, read: Callable[[list[Tensor]], GradientList]) -> GradientList | None:
+def _read_for_norm(call: Call, read: Callable[[list[Tensor]], GradientList]) -> ShardedGradients | None:
     """Return the tensors and how they lie on the ranks, or None for what belongs to torch's functions."""
     parts, numbers, examples = unwrap(call.tensors)
     owners: Sequence[Tensor] = examples
@@ -215,10 +218,11 @@ def _weights(
         return numbers, [layout.weight(mesh_of(e), _dtensors.pieces_of(e)) for e in examples]
     weights = []
     for index, (owner, number) in enumerate(zip(owners, numbers)):
-        count = copies(owner)
-        if not isinstance(count, int) or count < 1:
+        answer = copies(owner)
+        count = operator.index(answer) if hasattr(answer, "__index__") else 0
+        if count < 1:
             raise ValueError(
-                f"copies returned {count!r} for tensor {index} (shape {tuple(owner.shape)}), not on "
+                f"copies returned {answer!r} for tensor {index} (shape {tuple(owner.shape)}), not on "
                 "how many ranks of group= this same gradient lies: return an int of 1 or more"
             )
         example = examples[number]
@@ -228,6 +232,61 @@ def _weights(
 
 def _first(elements: Sequence[Any], test: Callable[[Any], Any]) -> int | None:
     return next((index for index, element in enumerate(elements) if test(element)), None)
+
+
+# ---------------------------------------------------------------- adaptive clipping
+
+
+def set_apart_cut_units(parameters: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the parameters that are one unit of adaptive clipping each and divided among ranks, and the
+    others."""
+    is_cut = [p.dim() < 2 and _dtensors.is_cut(p) for p in parameters]
+    return list(compress(parameters, is_cut)), [p for p, cut in zip(parameters, is_cut) if not cut]
+
+
+def cut_units(
+    parameters: list[Any], rule: AdaptiveRule, selection: Selection, error: Exception | None
+) -> list[tuple[GradientList, Tensor]]:
+    """Return the gradients of such parameters, a list for each mesh, and their coefficients.
+
+    Args:
+        parameters: as :func:`set_apart_cut_units` returns them, alike on all ranks of a mesh.
+        rule: makes the coefficients.
+        selection: which backend handles a device.
+        error: what is wrong elsewhere on this rank. It is raised after the all-reduces that other ranks wait
+            for; these get NaN.
+    """
+    order = rule.norm_type
+    found: list[tuple[GradientList, Tensor]] = []
+    for mesh in meshes_of(parameters):
+        listed = [p for p in parameters if mesh_of(p) is mesh]
+        owners = [p for p in listed if p.grad is not None]
+        grads = [p.grad for p in owners]
+        if any(p.shape != p.grad.shape for p in owners):
+            error = error or RuntimeError("a gradient and its weight differ in shape: they have to be alike")
+        norms: list[Tensor] = []
+        sharded = None
+        for call, read in (
+            (Call(listed, listed, listed, selection, order, None, None), gradients.read_only),
+            (Call(listed, owners, grads, selection, order, None, None), gradients.read_written),
+        ):
+            sharded = _read_for_norm(call, partial(read, selection=selection))
+            if sharded is None or not order > 0.0:
+                raise NotImplementedError(
+                    f"adaptive_clip_grad_: parameters of one dimension that are divided among ranks as "
+                    f"{listed[0].placements} are not supported with norm_type={order}: leave them out, as "
+                    "[p for p in model.parameters() if p.dim() > 1] does"
+                )
+            try:
+                norms.append(sharded.wide_norms(error))
+            except Exception as caught:
+                error = caught
+        if error is None and sharded is not None:
+            coefs = rule.clip_coef(norms[1], norms[0])
+            found.append((sharded, Segments(listed).of_gradients(coefs, len(owners))))
+    if error is not None:
+        raise error
+    return found
 
 
 # ---------------------------------------------------------------- the gradients of this rank
@@ -273,17 +332,22 @@ class ShardedGradients(GradientList):
         assert self._joint is not None
         return self._joint.take()
 
-    def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
+    def statistics(self, norm_type: float, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Return the norm over all ranks, and rows with a column for each parameter, the same on each."""
         assert self._joint is not None
-        rows = self._joint.statistics()
+        rows = self._joint.statistics(names)
         total = combine_norms(rows[0].unbind(), norm_type) if rows.numel() else rows.new_zeros(())
         return total.to(self._joint.dtype()), rows
 
     def norms(self, norm_type: float) -> Tensor:
         """Return the norm of each parameter's whole gradient, the same on all ranks."""
+        return self.wide_norms().to(self.norm_dtype())
+
+    def wide_norms(self, error: Exception | None = None) -> Tensor:
+        """Return these norms in float64, or raise: the error, too, when all ranks have communicated."""
         assert self._joint is not None
-        return self._joint.norms().to(self._joint.dtype())
+        self._joint.error = self._joint.error or error
+        return self._joint.norms()
 
     def as_result(self, total_norm: Tensor) -> Tensor:
         return total_norm if self._mesh is None else _dtensors.replicated(total_norm, self._mesh)

@@ -128,9 +128,9 @@ class GradientList:
         """Return the norm of each gradient."""
         return self.clip_each_(norm_type, REPORT)
 
-    def statistics(self, norm_type: float) -> tuple[Tensor, Tensor]:
+    def statistics(self, norm_type: float, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Return the norm of all elements, and the rows of :meth:`Backend.statistics` for all tensors, in
-        float64 on the device of the first one."""
+        float64 on the device of the first one. Over many ranks, all need the same names."""
         device = self.tensors[0].device
         totals, rows = [], []
         for backend, tensors in self._parts:

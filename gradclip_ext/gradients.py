@@ -56,8 +56,8 @@ def read_gradients(
         group: other ranks with gradients of the model, see :func:`clip.clip_grad_norm_`.
         copies: on how many ranks of the group a gradient lies, see there.
     """
-    if copies is not None and group is None:
-        _raise_lone_copies()
+    if copies is not None:
+        check_group(group, copies)
     grads = grads_of(parameters)
     # A rank without some gradient, even without any, takes part like those that have it.
     is_sharded = group is not None or (len(grads) < len(parameters) and holds_dtensor(parameters))
@@ -124,8 +124,8 @@ def read_tensors(
     copies: Any = None,
 ) -> GradientList | None:
     """Return any tensors, each as often as it is listed, for reading only; None as read_gradients does."""
-    if copies is not None and group is None:
-        _raise_lone_copies()
+    if copies is not None:
+        check_group(group, copies)
     tensors = arguments.all_tensors("tensors", tensors)
     is_sharded = group is not None
     if not is_sharded:
@@ -167,10 +167,22 @@ def holds_dtensor(tensors: Sequence[Any]) -> bool:
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
-def _raise_lone_copies() -> None:
-    raise ValueError(
-        "copies was passed without group: it says on how many ranks of group= a gradient lies, so pass both"
-    )
+def check_group(group: Any, copies: Any) -> None:
+    """Raise if these are not what ``group=`` and ``copies=`` take."""
+    if copies is not None and not callable(copies):
+        raise TypeError(
+            "copies must be a function from a parameter to the number of ranks of group= on which its "
+            f"gradient lies, got {arguments.describe(copies)}: pass for instance lambda parameter: 2"
+        )
+    if copies is not None and group is None:
+        raise ValueError(
+            "copies was passed without group: it says on how many ranks of group= a gradient lies, so pass "
+            "both"
+        )
+    if group is not None:
+        from gradclip_ext._layout import as_groups  # noqa: PLC0415  (torch.distributed takes a second)
+
+        as_groups(group)
 
 
 def grads_of(parameters: list[Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradclip_ext import arguments, calls
-from gradclip_ext.checks import check_representable
+from gradclip_ext.checks import check_representable, is_flattened
 
 _SPARSE_LAYOUTS = frozenset(
     (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -160,7 +160,7 @@ def _check_not_sharded(module: torch.nn.Module) -> None:
 def _check_hooks_run(tensors: Sequence[Tensor]) -> None:
     """Refuse parameters that FSDP has made views of a flat one, which is the one that gets a gradient."""
     for tensor in tensors:
-        if getattr(tensor, "_fsdp_flattened", False) and not hasattr(tensor, "_is_flat_param"):
+        if is_flattened(tensor) and not hasattr(tensor, "_is_flat_param"):
             _raise_hooks_never_run(f"a parameter of shape {tuple(tensor.shape)} is part of FSDP's flat one")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Rule:
     Args:
         max_norm: the threshold, 0 or more; inf means that the call only reports the norm. A tensor has one
             element, or one for each element of the norm; a function takes the norm and returns a number or
-            such a tensor. There, what is negative acts as 0, and NaN as a NaN norm.
+            such a tensor. What is negative there raises if the host can see it and else acts as 0; NaN acts
+            as a NaN norm.
         error_if_nonfinite: a NaN or infinite norm is an error.
         zero_if_nonfinite: a NaN or infinite norm sets gradients to 0, whatever max_norm is.
     """
@@ -111,26 +112,42 @@ def _limit_from(function: Callable[[Tensor], Any], norm: Tensor) -> float | Tens
     """Return what a caller's function makes of a norm, which is all that anybody knows about it: its value
     may be NaN where the norm is."""
     limit = function(norm.clone())  # the function may keep or change what it gets
+    if isinstance(limit, bool) or (isinstance(limit, Tensor) and limit.dtype is torch.bool):
+        raise TypeError(
+            f"max_norm returned a bool for {_norms_of(norm)}: return the largest allowed norm (a condition, "
+            "as SpikeDetector's, is for skip_step_)"
+        )
     if isinstance(limit, Tensor):
         if limit.is_complex():
             raise TypeError(f"max_norm returned a tensor of {limit.dtype}: return a real one")
         limit = as_floating(whole(limit).detach())
         if limit.numel() == 1:
-            return limit.reshape(())
-        if limit.shape != norm.shape:
+            limit = limit.reshape(())
+        elif limit.shape != norm.shape:
             shapes = f"one element or shape {tuple(norm.shape)}" if norm.dim() else "one element"
             raise ValueError(
                 f"max_norm returned a tensor of shape {tuple(limit.shape)} for {_norms_of(norm)}: return a "
                 f"number, or a tensor with {shapes}"
             )
+        if limit.is_cpu and not is_intercepted() and (limit < 0.0).any():
+            _raise_negative(limit.amin().item(), norm)
         return limit
     try:
-        return max(float(limit), 0.0)  # NaN, if it comes first
+        number = float(limit)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"max_norm returned {limit!r} of type {type(limit).__name__} for {_norms_of(norm)}: return a "
             "number or a tensor"
         ) from error
+    if not is_intercepted() and number < 0.0:
+        _raise_negative(number, norm)
+    return max(number, 0.0)  # NaN, if it comes first
+
+
+def _raise_negative(limit: float, norm: Tensor) -> NoReturn:
+    raise ValueError(
+        f"max_norm returned {limit} for {_norms_of(norm)}: return 0 or more, or inf to clip nothing"
+    )
 
 
 def _norms_of(norm: Tensor) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from gradclip_ext import arguments, calls
 from gradclip_ext.backends import Selection
+from gradclip_ext.checks import check_not_flattened
 from gradclip_ext.clip import clip_grad_norm_
 from gradclip_ext.gradient_list import GradientList
-from gradclip_ext.gradients import read_gradients
+from gradclip_ext.gradients import check_group, read_gradients
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import Coefficient, Limit, Rule, combine_norms, on_device, widest_dtype
 from gradclip_ext.skipping import skips_of
+
+if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = ProcessGroup | DeviceMesh
 
 _KEY = "max_norm"  # of a group of the optimizer
 
@@ -50,7 +57,6 @@ class ClipHandle:
         self.remove()
 
 
-@calls.profiled
 def register_clip_hook(
     optimizer: Optimizer,
     max_norm: Limit,
@@ -58,6 +64,8 @@ def register_clip_hook(
     *,
     skip_if_nonfinite: bool = False,
     backend: str | None = None,
+    group: Group | Sequence[Group] | None = None,
+    copies: Callable[[Any], int] | None = None,
 ) -> ClipHandle:
     """Clip gradients by norm inside of ``optimizer.step()``, whoever calls it.
 
@@ -81,6 +89,9 @@ def register_clip_hook(
         skip_if_nonfinite: a step changes nothing where a norm is infinite or NaN, as with
             :func:`skip_step_`, so only the fused optimizers that it takes are possible.
         backend: as in :func:`clip_grad_norm_`.
+        group: as in :func:`clip_grad_norm_`, for each of the norms: all ranks need the same groups of the
+            optimizer with limits of their own, in the same order.
+        copies: as in :func:`clip_grad_norm_`.
 
     Returns:
         A handle: ``total_norm`` is the norm from before clipping of all gradients of the last step but those
@@ -89,15 +100,17 @@ def register_clip_hook(
 
     Raises:
         TypeError: optimizer is no Optimizer or a wrapper that runs no hooks; a limit is neither a number, a
-            real tensor, nor a function; skip_if_nonfinite for an optimizer that skip_step_ does not take.
+            real tensor, nor a function; skip_if_nonfinite for an optimizer that skip_step_ does not take;
+            group or copies is of the wrong type.
         ValueError: a limit, a group's included, is negative or NaN; the backend does not exist;
             skip_if_nonfinite with a norm_type of 0 or less, which does not show infinities; as
-            :func:`skip_step_`.
+            :func:`skip_step_`; copies without group.
+        RuntimeError: FSDP1 manages a parameter, and group is None.
         In a step, as :func:`clip_grad_norm_`, before any gradient has changed.
 
     Note:
         Does not synchronise with an accelerator, but once for skip_if_nonfinite as :func:`skip_step_` does.
-        Communicates as :func:`clip_grad_norm_` with DTensors does, once for each norm.
+        Communicates as :func:`clip_grad_norm_` does with DTensors or group, once for each norm.
 
         With a ``GradScaler`` and a fused optimizer, gradients are still scaled inside of ``step`` unless
         ``unscale_`` was called: they are clipped by the norm that they will have and stay scaled. A step
@@ -125,15 +138,19 @@ def register_clip_hook(
     if "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} wraps an optimizer and runs no hooks of its own: pass the one that "
-            "it wraps, often wrapper.optimizer"
+            "it wraps, often wrapper.optimizer or wrapper.optim"
         )
     if skip_if_nonfinite and not norm_type > 0.0:
         raise ValueError(
             f"skip_if_nonfinite=True with norm_type={norm_type}: such a norm does not show infinities, so "
             "nothing would be skipped: use an order above 0"
         )
+    check_group(group, copies)
+    if group is None:
+        check_not_flattened(p for part in optimizer.param_groups for p in part["params"])
     handle = ClipHandle()
-    clip = _Clip(handle, limit, norm_type, bool(skip_if_nonfinite), backend)
+    reading = {"norm_type": norm_type, "group": group, "copies": copies}
+    clip = _Clip(handle, limit, bool(skip_if_nonfinite), backend, reading)
     clip.parts(optimizer)
     if skip_if_nonfinite:
         skips_of(optimizer)  # its hook comes before this one
@@ -152,13 +169,14 @@ class _Clip:
     """What a hook does."""
 
     def __init__(
-        self, handle: ClipHandle, limit: Limit, norm_type: float, skips: bool, backend: str | None
+        self, handle: ClipHandle, limit: Limit, skips: bool, backend: str | None, reading: dict[str, Any]
     ) -> None:
         self._handle = handle
         self._limit = limit
-        self._norm_type = norm_type
         self._skips = skips
         self._backend = backend
+        self._reading = reading  # the other arguments of clip_grad_norm_
+        self._norm_type: float = reading["norm_type"]
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -198,7 +216,7 @@ class _Clip:
                 parts.append(_Part(group["params"], Rule(limit)))
         return [_Part(joint, Rule(self._limit)), *parts] if joint else parts
 
-    @calls.profiled
+    @calls.profiled_as("register_clip_hook")
     @torch.no_grad()
     def _clip_before_step(self, optimizer: Optimizer) -> None:
         parts = self.parts(optimizer)
@@ -208,7 +226,7 @@ class _Clip:
         is_torchs, failure = False, None
         for part in parts:
             try:
-                gradients = read_gradients(part.parameters, selection, norm_type=self._norm_type)
+                gradients = read_gradients(part.parameters, selection, **self._reading)
             except Exception as error:  # other ranks wait for this one in the norms of the other parts
                 failure = failure or error
                 continue
@@ -275,5 +293,8 @@ class _Clip:
                 "not supported for tensors that dispatch by themselves (FakeTensor, or DTensors of an "
                 "unusual placement)"
             )
-        clip = functools.partial(clip_grad_norm_, norm_type=self._norm_type, backend=self._backend)
-        return self._combined([clip(p.parameters, p.rule.max_norm) for p in parts])
+        norms = [
+            clip_grad_norm_(p.parameters, p.rule.max_norm, backend=self._backend, **self._reading)
+            for p in parts
+        ]
+        return self._combined(norms)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from gradclip_ext import calls
+from gradclip_ext import arguments, calls
 from gradclip_ext.norms import on_device, whole
 
 _FUSED = (AdamW, Adam, SGD, Adagrad)  # AdamW is an Adam in newer releases of torch
@@ -69,6 +69,7 @@ def skip_step_(optimizer: Optimizer, when: Tensor | bool) -> None:
         >>> weight.data
         tensor([1., 1.])
     """
+    _check(optimizer)
     flag = _as_flag(when)
     skips_of(optimizer).request(optimizer, flag)
 
@@ -182,8 +183,7 @@ def _as_flag(when: Any) -> Tensor:
             when = torch.as_tensor(when, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"when must be a tensor with one boolean, or a bool, got {when!r:.60} of type "
-                f"{type(when).__name__}"
+                f"when must be a tensor with one boolean, or a bool, got {arguments.describe(when)}"
             ) from error
     if when.is_floating_point() or when.is_complex():
         raise TypeError(
@@ -237,9 +237,9 @@ def _check(optimizer: Any) -> type[Optimizer]:
 
 def _raise_no_fused_step(why: str) -> NoReturn:
     raise TypeError(
-        f"{why}, which is what can be skipped without waiting for the device: use AdamW, Adam, SGD or "
-        "Adagrad of torch.optim with fused=True (pass what a wrapper wraps, often wrapper.optimizer), or "
-        "decide on the host: `if not when.item(): optimizer.step()`"
+        f"{why}. Only a fused step of torch's can be skipped without waiting for the device: use AdamW, "
+        "Adam, SGD or Adagrad of torch.optim with fused=True (pass what a wrapper wraps, often "
+        "wrapper.optimizer or wrapper.optim), or decide on the host: `if not when.item(): optimizer.step()`"
     )
 
 

@@ -81,7 +81,7 @@ class GradStats:
         """Return the totals, and the norm of each parameter, for wandb.log or one add_scalar for each.
 
         Args:
-            prefix: the first part of each key.
+            prefix: the first part of each key, empty for none.
 
         Returns:
             ``grad/norm``, ``grad/absmax``, ``grad/zeros`` and ``grad/nonfinite`` of all gradients together,
@@ -97,14 +97,14 @@ class GradStats:
             *(values[1 + row * count : 1 + (row + 1) * count] for row in range(4)),
         )
         found = {
-            f"{prefix}/norm": total[0],
+            "norm": total[0],
             # max() loses a NaN that does not come first
-            f"{prefix}/absmax": math.nan if any(map(math.isnan, absmax)) else max(absmax, default=0.0),
-            f"{prefix}/zeros": sum(zeros),
-            f"{prefix}/nonfinite": sum(nonfinite),
+            "absmax": math.nan if any(map(math.isnan, absmax)) else max(absmax, default=0.0),
+            "zeros": math.fsum(zeros),
+            "nonfinite": math.fsum(nonfinite),
+            **{f"norm/{name}": norm for name, norm in zip(self.names, norms)},
         }
-        found.update((f"{prefix}/norm/{name}", norm) for name, norm in zip(self.names, norms))
-        return found
+        return {f"{prefix}/{key}" if prefix else key: value for key, value in found.items()}
 
     def __repr__(self) -> str:
         return f"GradStats(total_norm={self.total_norm}, {len(self.numel)} parameters)"
@@ -139,8 +139,8 @@ def get_grad_stats(
 
     Raises:
         TypeError: an element or gradient is of the wrong kind (not a tensor, sparse, integer, float8).
-        ValueError: the backend does not exist; ranks have different numbers of parameters; otherwise of group
-            and copies as :func:`clip_grad_norm_`.
+        ValueError: the backend does not exist; ranks have different numbers or names of parameters;
+            otherwise of group and copies as :func:`clip_grad_norm_`.
         NotImplementedError: norm_type is not above 0 over many ranks; a gradient is a tensor other than a
             DTensor that dispatches by itself.
 
@@ -148,8 +148,9 @@ def get_grad_stats(
         Does not synchronise with an accelerator, until :meth:`GradStats.to_dict`. Communicates only with
         DTensors, over their meshes, or a group: one all-reduce of 2 T and one of 3 T float64 numbers. The
         results are those of whole gradients and the same on all ranks, which need the same parameters in the
-        same order; that their number is the same is checked at the first call, for which the host waits.
-        ``numel`` tells of the gradients that this rank has.
+        same order: leave the mesh of pipeline stages out of group, and each stage gets its own. That the
+        number of parameters and their names (if names or a module are passed) are the same is checked at the
+        first call, for which the host waits. ``numel`` tells of the gradients that this rank has.
         Deterministic; sums are accumulated as in :func:`clip_grad_norm_`. Call it before clipping: afterwards
         the gradients are other ones.
 
@@ -180,7 +181,7 @@ def get_grad_stats(
             none = torch.zeros(4, count, dtype=torch.float64, device="cpu")
             total = torch.zeros((), dtype=torch.float32, device="cpu")
             return GradStats(total, none, (0,) * count, names_given)
-        total, rows = given.statistics(norm_type)
+        total, rows = given.statistics(norm_type, names)
         if not given.is_sharded:
             total = total.to(result_dtype(given.dtypes()))
             rows = segments.of_parameters(rows)

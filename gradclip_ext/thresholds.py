@@ -45,7 +45,7 @@ class NormState(torch.nn.Module):
                 "clip_grad_norm_ or get_total_norm returns, or the object itself as max_norm"
             )
         if tuple(norm.shape) != shape and (shape or norm.numel() != 1):
-            raise ValueError(f"{self.describe_shape()}, got shape {tuple(norm.shape)}")
+            raise ValueError(self.explain_shape(tuple(norm.shape)))
         norm = whole(norm.detach()).reshape(shape)
         if self.steps.device != norm.device:
             if norm.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -57,10 +57,10 @@ class NormState(torch.nn.Module):
             self.to(norm.device)
         return norm.to(widest_dtype(norm.device))
 
-    def describe_shape(self) -> str:
+    def explain_shape(self, shape: tuple[int, ...]) -> str:
         return (
-            f"{type(self).__name__} must be called with one norm: leave out per_tensor=True, or use AdaGC "
-            "for a limit for each parameter"
+            f"{type(self).__name__} must be called with one norm, got shape {shape}: leave out "
+            "per_tensor=True, or use AdaGC for a limit for each parameter"
         )
 
     def extra_repr(self) -> str:
@@ -314,11 +314,11 @@ class AdaGC(NormState):
         _update(self.steps, is_known, self.steps + 1)
         return torch.where(is_known, limits * (1.0 + EPS_OF_COEFFICIENT / known.clamp(min=tiny)), limits)
 
-    def describe_shape(self) -> str:
+    def explain_shape(self, shape: tuple[int, ...]) -> str:
         size = len(self.steps)
         return (
             f"AdaGC was made for {size} parameters (a tied one counts once), and must be called with their "
-            f"norms, of shape ({size},): pass per_tensor=True to clip_grad_norm_, and the same parameters"
+            f"norms, of shape ({size},), got {shape}: pass per_tensor=True and the same parameters"
         )
 
 
@@ -326,8 +326,8 @@ class SpikeDetector(NormState):
     """Tell whether a norm is further above the mean of the last norms than a number of standard deviations.
 
     A norm is a spike where ``norm - mean > sigma_factor * std``, with the mean and the (unbiased) standard
-    deviation of the window norms before it. Spikes are remembered, too. As long as fewer than half a window
-    is known, no finite norm is a spike. OLMo skips such steps.
+    deviation of the window norms before it. Spikes are remembered, too. A finite norm is a spike only if
+    ``max(2, window // 2 - 1)`` norms were before it. OLMo skips such steps.
 
     Args:
         sigma_factor: how many standard deviations above the mean a norm may be, 0 or more.

@@ -44,8 +44,7 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
 
     Raises:
         ValueError: the Trainer clips by itself (gradient_clip_val), or FSDPStrategy is used without group.
-        NotImplementedError: DeepSpeedStrategy, whose engine clips by itself; group beside a GradScaler and a
-            fused optimizer.
+        NotImplementedError: DeepSpeedStrategy, whose engine clips by itself.
 
     Note:
         As :func:`gradclip_ext.clip_grad_norm_`; logging a norm does not wait for it.
@@ -79,12 +78,11 @@ class ClipGradients(pl.Callback):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        group = group_of(self._group)
         if scaler is not None and _is_still_scaled(optimizer):
-            _refuse_group(self._group)
-            norm = unscale_and_clip_grad_norm_(scaler, optimizer, self.max_norm, self.norm_type)
+            norm = unscale_and_clip_grad_norm_(scaler, optimizer, self.max_norm, self.norm_type, group=group)
         else:
-            parameters = parameters_of(optimizer)
-            norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type, group=group_of(self._group))
+            norm = clip_grad_norm_(parameters_of(optimizer), self.max_norm, self.norm_type, group=group)
         if self._log is not None:
             pl_module.log(self._log, norm)
 
@@ -127,10 +125,3 @@ class MixedPrecision(precision.MixedPrecision):  # type: ignore[misc]
 def _is_still_scaled(optimizer: Any) -> bool:
     """Tell whether Lightning leaves the unscaling to the optimizer's step, as with fused ones."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _refuse_group(group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError(
-            "group= beside a GradScaler and a fused optimizer: pass fused=False, or use bf16-mixed"
-        )

@@ -57,6 +57,8 @@ def test_norm_types(backend: Target, kind: str) -> None:
     for call in (
         lambda: backend.clip_grad_norm_(params, 1.0, value),
         lambda: backend.get_total_norm(grads_of(params), value),
+        lambda: backend.adaptive_clip_grad_(params, norm_type=value),
+        lambda: backend.get_grad_stats(params, value),
     ):
         raises_untouched(error, (*words, "norm_type"), params, call, what=kind)
 

@@ -40,6 +40,20 @@ NOT_TENSORS = {
         lambda m: [*m.parameters(), m], ("Sequential", "position 4", r"module\.parameters\(\)")
     ),
     "nested list": Wrong(lambda m: [*m.parameters(), [*m.parameters()]], ("list", "position 4", "flatten")),
+    "optimizer": Wrong(
+        lambda m: torch.optim.SGD(m.parameters(), 0.1),
+        (r"^[^\n]* got SGD \( Parameter Group 0 [^\n]*$", r"group\['params'\]"),
+    ),
+    "optimizer group": Wrong(
+        lambda m: torch.optim.SGD(m.parameters(), 0.1).param_groups[0], ("dict", r"pass group\['params'\]")
+    ),
+    "state_dict": Wrong(
+        lambda m: m.state_dict(), ("OrderedDict", r"pass (module\.parameters|its values)\(\)")
+    ),
+    "method": Wrong(lambda m: m.parameters, ("method", r"call it, parameters\(\)")),
+    "module of names": Wrong(
+        lambda m: torch.nn.ParameterDict({"a": m[0].weight}), ("'a'", "position 0", r"values\(\)")
+    ),
     "optimizer groups": Wrong(
         lambda m: torch.optim.SGD(m.parameters(), 0.1).param_groups,
         ("dict", "position 0", r"group\['params'\]"),

@@ -93,11 +93,9 @@ def test_function_cannot_change_the_result(backend: Target) -> None:
 
 @pytest.mark.parametrize("wrap", [torch.tensor, float], ids=["tensor", "number"])
 def test_values_that_nobody_checks(backend: Target, wrap: Callable[[float], Any]) -> None:
-    """A negative limit acts as 0 and a NaN as a NaN norm; inf scales nothing, not even by a NaN norm."""
+    """A NaN acts as a NaN norm; inf scales nothing, not even by a NaN norm."""
     params = backend.parameters((5,), (2, 2))
     backend.clip_grad_norm_(params, lambda n: wrap(INF))
-    backend.clip_grad_norm_(params, lambda n: wrap(-2.0))
-    assert all((g == 0).all() for g in grads_of(params))
     backend.clip_grad_norm_(params, lambda n: wrap(NAN))
     assert all(g.isnan().all() for g in grads_of(params))
     params = backend.parameters((5,), (2, 2))
@@ -108,6 +106,24 @@ def test_values_that_nobody_checks(backend: Target, wrap: Callable[[float], Any]
         oracle.assert_within_ulps(grad, old, 0)
         if backend.name != "foreach" or backend.device == "cpu":  # a GPU's NaN times 1 is another NaN
             oracle.assert_same_bits(grad, old)
+
+
+def test_negative_answers(backend: Target) -> None:
+    """An error where the host can see it; what only an accelerator knows acts as 0."""
+    params = backend.parameters((5,), (2, 2))
+    for per_tensor in (False, True):
+        for answer in (lambda n: -2.0, lambda n: torch.full_like(n, -2.0, device="cpu")):
+            raises_untouched(
+                ValueError,
+                ("max_norm returned -2.0", "return 0 or more"),
+                params,
+                lambda per_tensor=per_tensor, answer=answer: backend.clip_grad_norm_(
+                    params, answer, per_tensor=per_tensor
+                ),
+            )
+    if backend.device != "cpu":
+        backend.clip_grad_norm_(params, lambda n: torch.full_like(n, -2.0))
+        assert all((g == 0).all() for g in grads_of(params))
 
 
 def test_function_is_not_called_without_gradients(backend: Target) -> None:
@@ -145,6 +161,10 @@ BAD_LIMITS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "matrix": (torch.ones(2, 2), ValueError, (r"shape \(2, 2\)", "max_norm", "number")),
     "complex tensor": (torch.tensor(1j), TypeError, ("max_norm", "number")),
     "negative tensor": (torch.tensor(-1.0), ValueError, ("max_norm", "0 or more", "-1")),
+    "bool tensor": (torch.tensor(False), TypeError, ("max_norm", "torch.bool", "skip_step_")),
+    "list": ([1.0, 2.0], TypeError, ("max_norm", "one number")),
+    "detector": (gradclip_ext.thresholds.SpikeDetector(), TypeError, ("returned a bool", "SpikeDetector")),
+    "function of bool": (lambda n: bool(n.is_cpu), TypeError, ("returned a bool", "largest allowed norm")),
     "function of text": (lambda n: "much", TypeError, ("max_norm returned 'much'", "one norm", "number")),
     "function of None": (lambda n: None, TypeError, ("max_norm returned None", "one norm", "number")),
     "function of a vector": (lambda n: torch.ones(2), ValueError, (r"shape \(2,\)", "one norm", "number")),

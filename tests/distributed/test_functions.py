@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from cases import SEED, needs_gloo
 from ranks import Ranks
-from sharding import Avg, Copy, Model, Shard0, Sum, check_clipped, collectives, local, mesh, plain
+from sharding import Avg, Copy, Model, Shard0, Shard1, Sum, check_clipped, collectives, local, mesh, plain
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 import gradclip_ext
@@ -138,7 +139,7 @@ def test_limits_and_zeros(ranks: Ranks) -> None:
 
 
 def adaptive(seed: int) -> str:
-    """Units that lie whole on one rank need no communication; others are refused before anything changes."""
+    """Units that lie whole on one rank need no communication; slices that do not are refused."""
     model = Model(seed)
     model.add((8, 3), mesh(4), Shard0)
     model.add((3, 5), mesh(4), Copy)
@@ -154,7 +155,7 @@ def adaptive(seed: int) -> str:
     for param, exact in zip(model.params, expected):
         found = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-9)
-    model.add((8,), mesh(4), Shard0)
+    model.add((2, 8), mesh(4), Shard1)
     with oracle.unchanged(model.parts()), pytest.raises(NotImplementedError) as caught:
         gradclip_ext.adaptive_clip_grad_(model.params, 1e-3)
     return str(caught.value)
@@ -162,7 +163,64 @@ def adaptive(seed: int) -> str:
 
 def test_adaptive_clipping(ranks: Ranks) -> None:
     for message in ranks.run(adaptive, SEED, timeout=SOON):
-        assert re.search(r"4 \(shape \(8,\)\).*no rank has whole slices.*Replicate", message), message
+        assert re.search(r"4 \(shape \(2, 8\)\).*no rank has whole slices.*Replicate", message), message
+
+
+def divided_vectors(seed: int) -> Model:
+    """Parameters as fully_shard and HSDP make them: biases are divided, and one unit each."""
+    model = Model(seed)
+    model.add((8, 3), mesh(4), Shard0)
+    model.add((3,), mesh(4), Shard0)  # the last rank has no element of it
+    model.add((5,), mesh(4), Copy)
+    model.add((9,), mesh(4), Shard0, dtype=torch.bfloat16)
+    model.add((7,), mesh(2, 2), Copy, Shard0)
+    model.add((4,))
+    for param in model.params:
+        local(param.detach()).fill_(0.5)
+    return model
+
+
+def adaptive_of_vectors(seed: int) -> None:
+    model = divided_vectors(seed)
+    weights = [torch.full_like(whole, 0.5) for whole in model.whole]
+    for order in (2.0, math.inf, 3.0):
+        expected = reference.adaptive_clip(model.whole, weights, 0.1, 1e-3, order)
+        before = [part.clone() for part in model.parts()]
+        gradclip_ext.adaptive_clip_grad_(model.params, 0.1, norm_type=order)
+        for param, exact in zip(model.params, expected):
+            found = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+            bound = max(1e-6, torch.finfo(found.dtype).eps)
+            torch.testing.assert_close(found.double(), exact, rtol=bound, atol=1e-9)
+        for part, old in zip(model.parts(), before):
+            part.copy_(old)
+    model.params[1].grad = model.params[4].grad = None
+    with collectives() as sent:
+        gradclip_ext.adaptive_clip_grad_(model.params, 0.1)
+    # Two for the norms of weights and two for those of gradients: of two vectors, and of one on its own mesh.
+    assert [size for _, size, _ in sent] == 4 * [16] + 4 * [8], sent
+
+
+def failing_adaptive(seed: int) -> str:
+    model = divided_vectors(seed)
+    if dist.get_rank() == 1:
+        model.params[5].grad = torch.ones(1).expand(4)
+    try:
+        with oracle.unchanged(model.parts()[:-1] if dist.get_rank() == 1 else []):
+            gradclip_ext.adaptive_clip_grad_(model.params, 0.1)
+    except RuntimeError as error:
+        return str(error)
+    assert all(part.isnan().all() for param, part in zip(model.params, model.parts()) if is_divided(param))
+    return ""
+
+
+def is_divided(param: Tensor) -> bool:
+    return isinstance(param, DTensor) and param.dim() == 1 and Shard0 in param.placements
+
+
+def test_adaptive_clipping_of_divided_vectors(ranks: Ranks) -> None:
+    ranks.run(adaptive_of_vectors, SEED, timeout=SOON)
+    messages = ranks.run(failing_adaptive, SEED, timeout=SOON)
+    assert "expanded" in messages[1] and not any(messages[:1] + messages[2:]), messages
 
 
 # ---------------------------------------------------------------- the kind of result

@@ -170,6 +170,12 @@ def raised(name: str) -> str:
     elif name == "no group":
         model.add((4, 3))
         options["group"] = 3
+    elif name in WRONG_GROUPS:
+        model.add((4, 3))
+        options |= WRONG_GROUPS[name]
+    elif name == "a number as copies":
+        model.add((4, 3))
+        options |= {"group": dist.group.WORLD, "copies": 2}
     elif name == "copies alone":
         model.add((4, 3))
         options["copies"] = lambda p: 1
@@ -190,6 +196,13 @@ def raised(name: str) -> str:
     return "nothing raised"
 
 
+WRONG_GROUPS: dict[str, Any] = {
+    "ranks": {"group": [0, 1]},
+    "text": {"group": "pp"},
+    "tensors": {"group": [torch.zeros(2)]},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "error"),
     [
@@ -199,6 +212,10 @@ def raised(name: str) -> str:
         ),
         ("not a member", "TypeError: group must be .*this rank is not a member"),
         ("no group", "TypeError: group must be a ProcessGroup, a DeviceMesh or a sequence of these, got 3"),
+        ("ranks", r"TypeError: group must be .*got 0 of type int: pass torch.distributed.new_group\(...\)"),
+        ("text", r"TypeError: group must be .*got 'pp' of type str: pass mesh\['pp'\]"),
+        ("tensors", r"TypeError: group must be .*got a tensor of torch.float32 and shape \(2,\)"),
+        ("a number as copies", "TypeError: copies must be a function .*got 2 of type int: pass for instance"),
         ("copies alone", "ValueError: copies was passed without group"),
         ("copies of 0", "ValueError: copies returned 0 for tensor 0"),
         ("more copies than ranks", "ValueError: copies returned 5"),

@@ -42,7 +42,7 @@ def joint(seed: int, norm_type: float, special: float | None) -> list[bytes]:
     with oracle.unchanged(model.parts()), collectives() as sent:
         stats = gradclip_ext.get_grad_stats([(f"p{i}", p) for i, p in enumerate(model.params)], norm_type)
     # The first call compares the numbers of parameters.
-    assert [size for _, size, _ in sent if size != 2 * 8] == [2 * 5 * 8, 3 * 5 * 8]
+    assert [size for _, size, _ in sent if size != 4 * 8] == [2 * 5 * 8, 3 * 5 * 8]
     exact = reference.statistics(model.whole, norm_type)
     for found, expected in zip((stats.norms, stats.absmax, stats.zeros, stats.nonfinite), zip(*exact)):
         torch.testing.assert_close(
@@ -228,6 +228,22 @@ def unequal(seed: int) -> tuple[str, str]:
         gradclip_ext.clip_grad_norm_(params, 0.1, per_tensor=True, group=second)
     assert all(torch.equal(param.grad, torch.ones(2)) for param in params if param.grad is not None)
     return str(by_stats.value), str(by_clipping.value)
+
+
+def other_names(seed: int) -> str:
+    """As on pipeline stages of equal size."""
+    group = dist.new_group(range(4))
+    param = oracle.parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="different names") as caught:
+        gradclip_ext.get_grad_stats([(f"layers.{dist.get_rank() // 3}.weight", param)], group=group)
+    stats = gradclip_ext.get_grad_stats([("weight", param)], group=group)
+    assert stats.total_norm.item() == pytest.approx(8**0.5)
+    return str(caught.value)
+
+
+def test_different_names_of_parameters_are_refused_on_all_ranks(ranks: Ranks) -> None:
+    for message in ranks.run(other_names, SEED, timeout=SOON):
+        assert "pipeline stages differ: leave their mesh out of group=" in message
 
 
 def test_different_numbers_of_parameters_are_refused_on_all_ranks(ranks: Ranks) -> None:

@@ -140,3 +140,93 @@ def test_a_failure_of_one_group_on_one_rank_keeps_nobody_waiting(ranks: Ranks) -
         answers = ranks.run(failing, SEED, is_first)
         assert "sparse" in answers[1] and answers[1].startswith("TypeError")
         assert all(not answers[rank].startswith("TypeError") for rank in (0, 2, 3)), answers
+
+
+def others_of(params: list[Any]) -> list[Any]:
+    """Return other parameters with the same values and gradients."""
+    return [oracle.parameter(p.grad.clone()) for p in params]
+
+
+def other_gradients_on_each_rank(seed: int) -> None:
+    """Pipeline stages: the hook, and unscaling, clip by the norm of a pair of ranks."""
+    pair = stripe([0, 1], [2, 3])
+    generator = torch.Generator().manual_seed(seed + dist.get_rank())
+    params = [oracle.parameter(torch.randn(size, generator=generator)) for size in ((4, 3), (5,))]
+    copies = {"copies": lambda p: 2} if dist.get_rank() > 1 else {}  # of the second pair, the same gradients
+    if copies:
+        for param in params:
+            param.grad.fill_(2.0)
+    twins, thirds = others_of(params), others_of(params)
+    norm = gradclip_ext.clip_grad_norm_(twins, 0.5, group=pair, **copies)
+    optimizer = SGD(params, lr=0.0)
+    handle = gradclip_ext.register_clip_hook(optimizer, 0.5, group=pair, **copies)
+    optimizer.step()
+    oracle.assert_same_bits(handle.total_norm, norm)
+    for value in (1.0, math.inf):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.ones(()))
+        for param in thirds:
+            param.grad.mul_(1024.0)
+        if dist.get_rank() == 1:
+            thirds[0].grad.view(-1)[0] *= value
+        optimizer = SGD(thirds, lr=0.0)
+        found = gradclip_ext.unscale_and_clip_grad_norm_(scaler, optimizer, 0.5, group=pair, **copies)
+        flags = [f.item() for f in scaler._found_inf_per_device(optimizer).values()]
+        assert flags == [float(math.isinf(value) and dist.get_rank() < 2)]
+        if value == 1.0:
+            oracle.assert_same_bits(found, norm)
+            for one, two, three in zip(params, twins, thirds):
+                oracle.assert_same_bits(one.grad, two.grad)
+                oracle.assert_same_bits(three.grad, two.grad)
+
+
+def test_hook_and_unscaling_over_a_group(ranks: Ranks) -> None:
+    ranks.run(other_gradients_on_each_rank, SEED)
+
+
+def fsdp1(seed: int, use_orig_params: bool) -> list[str]:
+    """Plain tensors that are parts: nothing but group= tells."""
+    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # noqa: PLC0415
+
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    batch = torch.randn(4, 6)
+    exact = []
+    model(batch).square().sum().backward()
+    exact = [p.grad.norm().item() for p in model.parameters()]
+    model.zero_grad()
+    fsdp = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = SGD(fsdp.parameters(), lr=0.0)
+    scaler = ShardedGradScaler("cpu", init_scale=1024.0)
+    messages = []
+    for call in (
+        lambda: gradclip_ext.register_clip_hook(optimizer, 0.5),
+        lambda: gradclip_ext.unscale_and_clip_grad_norm_(scaler, optimizer, 0.5),
+        lambda: gradclip_ext.adaptive_clip_grad_(fsdp.parameters()),
+    ):
+        try:
+            call()
+        except (RuntimeError, NotImplementedError) as error:
+            messages.append(str(error))
+    scaler.scale(fsdp(batch).square().sum()).backward()
+    group = fsdp.process_group
+    norms = [gradclip_ext.unscale_and_clip_grad_norm_(scaler, optimizer, math.inf, group=group)]
+    handle = gradclip_ext.register_clip_hook(optimizer, 0.5, group=group)
+    optimizer.step()
+    norms += [
+        handle.total_norm,
+        gradclip_ext.get_total_norm([p.grad for p in fsdp.parameters() if p.grad is not None], group=group),
+    ]
+    whole = math.hypot(*exact)
+    for norm, expected in zip(norms, (whole, whole, 0.5)):
+        assert abs(norm.item() / expected - 1) < 1e-5, (norms, whole)
+    return messages
+
+
+def test_fsdp1_needs_a_group(ranks: Ranks) -> None:
+    for use_orig_params in (True, False):
+        for messages in ranks.run(fsdp1, SEED, use_orig_params):
+            assert len(messages) == 3 and all("FSDP1" in message for message in messages), messages
+            assert all("group=fsdp.process_group" in message for message in messages[:2]), messages
+            assert "fully_shard" in messages[2]
