@@ -15,7 +15,14 @@ from torch import Tensor
 
 from gradclip_ext import _extension, arguments
 from gradclip_ext.backends import FOREACH, Selection
-from gradclip_ext.backends.base import TensorList, are_contiguous, flat_view, is_regular, share_memory
+from gradclip_ext.backends.base import (
+    TensorList,
+    addresses_of,
+    are_contiguous,
+    flat_view,
+    is_regular,
+    share_memory,
+)
 from gradclip_ext.checks import check_readable, check_writable
 from gradclip_ext.gradient_list import GradientList, Part
 from gradclip_ext.segments import listed_once
@@ -202,11 +209,21 @@ def _read_native(
 ) -> GradientList | None:
     """Return the list as the compiled module reads it, at a fifth of the time that Python takes.
 
-    None if the module is missing or declines: it takes tensors of one device that kernels take as they are.
+    None if the module is missing or declines.
     """
     if _extension.C is None or not _extension.C.CAN_READ or selection.is_intercepted or selection.loops:
         return None
-    native = _extension.C.read_tensors(tensors, written) if tensors else None
+    if not tensors:
+        return None
+    part = _native_part(tensors, selection, written, needs_sign)
+    if part is not None:
+        return GradientList(tensors, [part])
+    parts = _parts_set_apart(tensors, selection, written, needs_sign)
+    return None if parts is None else GradientList(tensors, parts)
+
+
+def _native_part(tensors: list[Tensor], selection: Selection, written: bool, needs_sign: bool) -> Part | None:
+    native = _extension.C.read_tensors(tensors, written)
     if native is None:
         return None
     listed = TensorList(tensors, native)
@@ -215,7 +232,40 @@ def _read_native(
     # and symmetric clamps without knowing, torch's list operations refuse such tensors.
     if (needs_sign or (written and backend is FOREACH)) and _extension.C.any_negative(tensors):
         return None
-    return GradientList(tensors, [(backend, listed)])
+    return backend, listed
+
+
+def _parts_set_apart(
+    tensors: list[Tensor], selection: Selection, written: bool, needs_sign: bool
+) -> list[Part] | None:
+    """Divide tensors of several devices, or with some that kernels do not take: only these are looked at in
+    Python. None where they need more than that: errors, subclasses, shared memory."""
+    by_device, positions = _extension.C.set_apart(tensors, written)
+    if len(by_device) == 1 and not positions:  # which share memory
+        return None
+    parts: list[Part] = []
+    for own in by_device:
+        part = _native_part([tensors[i] for i in own], selection, written, needs_sign)
+        if part is None:
+            return None
+        parts.append(part)
+    others = [tensors[i] for i in positions]
+    if not _all_plain(others):
+        return None
+    try:
+        check_readable(others)
+        if written:
+            check_writable(others, allows_lazy=False)
+    except (TypeError, RuntimeError):  # which has to name the position in the whole list
+        return None
+    if written and share_memory(others):  # as where a parameter is listed twice
+        return None
+    if written and any(p.native().overlaps(*ends) for _, p in parts for ends in addresses_of(others)):
+        return None
+    for device, group in _by_device(others).items():
+        selection.backend_for(device)  # raises if a backend was named that cannot handle the device
+        parts.append((FOREACH, TensorList(group)))
+    return parts
 
 
 def _parts(tensors: list[Tensor], selection: Selection, *, is_written: bool = False) -> list[Part]:

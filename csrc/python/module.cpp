@@ -130,10 +130,12 @@ PYBIND11_MODULE(_C, m) {
                              [](const HeldList& list) { return list.spans.size() != 0; })
       .def_readonly("dtypes", &HeldList::dtypes)
       .def_readonly("empty", &HeldList::empty)
+      .def("overlaps", &HeldList::overlaps)
       .def_property_readonly("columns",
                              [](const HeldList& list) { return py::bytes(list.columns()); });
   m.def("gradients", &gradients);
   m.def("read_tensors", &read_tensors);
+  m.def("set_apart", &set_apart);
   m.def("from_columns", &from_columns);
   m.def("are_distinct", &are_distinct);
   m.def("unwrap", &unwrap);

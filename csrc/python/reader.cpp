@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -131,35 +132,37 @@ bool has_version(PyObject* object) {
   return static_cast<bool>(version);
 }
 
-/// Adds a tensor to the list, or tells that the kernels do not take it.
-bool add(HeldList& held, PyObject* object, Py_ssize_t position) {
+/// A tensor as kernels take it.
+struct Found {
+  bool is_cuda;
+  int32_t device_index;  // 0 in the memory of the host
+  Span span;             // of 0 elements for an empty tensor
+
+  bool is_on_the_device_of(const HeldList& held) const {
+    return is_cuda == held.is_cuda && device_index == held.device_index;
+  }
+};
+
+/// Reads a tensor, or tells that the kernels do not take it.
+std::optional<Found> find(PyObject* object, bool written) {
   dlpack::Tensor view;
+  if (!torch().is_plain(object)) return std::nullopt;
   if (torch().exchange->view(object, &view) != 0) {
     PyErr_Clear();
-    return false;
+    return std::nullopt;
   }
   const bool is_host = view.device.type == dlpack::kCpu || view.device.type == dlpack::kCudaHost ||
                        view.device.type == dlpack::kRocmHost;
   const bool is_cuda = view.device.type == dlpack::kCuda || view.device.type == dlpack::kRocm;
-  const int32_t index = is_cuda ? view.device.index : 0;
-  if (position == 0) {
-    held.is_cuda = is_cuda;
-    held.device_index = index;
-  }
-  if (!(is_host || is_cuda) || is_cuda != held.is_cuda || index != held.device_index) return false;
   const std::optional<DType> dtype = dtype_of(view.dtype);
-  if (!dtype) return false;
+  if (!(is_host || is_cuda) || !dtype) return std::nullopt;
   int64_t numel = 1;
   for (int32_t dim = 0; dim < view.ndim; ++dim) numel *= view.shape[dim];
-  held.dtypes |= 1u << static_cast<unsigned>(*dtype);
-  if (numel == 0) {
-    held.empty.push_back(position);
-    return true;
-  }
   // Without memory: a tensor of torch._efficientzerotensor, or storage that FSDP has freed.
-  if (view.data == nullptr || !is_dense(view)) return false;
-  held.spans.add(static_cast<char*>(view.data) + view.byte_offset, numel, *dtype);
-  return true;
+  if (numel != 0 && (view.data == nullptr || !is_dense(view))) return std::nullopt;
+  if (written && !has_version(object)) return std::nullopt;
+  char* const data = static_cast<char*>(view.data) + (numel == 0 ? 0 : view.byte_offset);
+  return Found{is_cuda, is_cuda ? view.device.index : 0, {data, numel, *dtype}};
 }
 
 // ---------------------------------------------------------------- types that decline to watch
@@ -232,12 +235,35 @@ std::optional<HeldList> read_tensors(const py::list& tensors, bool written) {
   HeldList held{TensorList(cpu::kChunkBytes), tensors};
   held.spans.reserve(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* const object = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!torch().is_plain(object) || !add(held, object, i)) return std::nullopt;
-    if (written && !has_version(object)) return std::nullopt;
+    const std::optional<Found> found = find(PyList_GET_ITEM(tensors.ptr(), i), written);
+    if (!found) return std::nullopt;
+    if (i == 0) {
+      held.is_cuda = found->is_cuda;
+      held.device_index = found->device_index;
+    }
+    if (!found->is_on_the_device_of(held)) return std::nullopt;
+    const Span& span = found->span;
+    held.dtypes |= 1u << static_cast<unsigned>(span.dtype);
+    if (span.numel == 0) {
+      held.empty.push_back(i);
+    } else {
+      held.spans.add(span.data, span.numel, span.dtype);
+    }
   }
   if (written && aliasing(held.spans) != Aliasing::kNone) return std::nullopt;
   return held;
+}
+
+std::pair<Positions, std::vector<int64_t>> set_apart(const py::list& tensors, bool written) {
+  std::map<std::pair<bool, int32_t>, std::vector<int64_t>> by_device;
+  std::vector<int64_t> others;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    const std::optional<Found> found = find(PyList_GET_ITEM(tensors.ptr(), i), written);
+    (found ? by_device[{found->is_cuda, found->device_index}] : others).push_back(i);
+  }
+  Positions positions;
+  for (auto& entry : by_device) positions.push_back(std::move(entry.second));
+  return {std::move(positions), std::move(others)};
 }
 
 HeldList from_columns(const py::list& tensors, const std::string& columns,
@@ -279,6 +305,14 @@ void HeldList::to_tensors(const std::vector<double>& of_spans, double* of_tensor
     of_tensors[position++] = value;
   }
   for (; skipped != empty.end(); ++skipped) of_tensors[position++] = 0;
+}
+
+bool HeldList::overlaps(uint64_t begin, uint64_t end) const {
+  for (int64_t i = 0; i < spans.size(); ++i) {
+    const Span& span = spans[i];
+    if (detail::begin_of(span) < end && begin < detail::end_of(span)) return true;
+  }
+  return false;
 }
 
 std::string HeldList::columns() const {

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/tensor_list.h"
@@ -31,6 +32,9 @@ struct HeldList {
   std::vector<double> of_spans(const double* of_tensors) const;
   void to_tensors(const std::vector<double>& of_spans, double* of_tensors) const;
 
+  /// Tells whether a span has a byte in this range of addresses.
+  bool overlaps(uint64_t begin, uint64_t end) const;
+
   /// The spans as three columns: addresses and numbers of elements as int64, DTypes as bytes.
   /// Equal columns mean equal lists.
   std::string columns() const;
@@ -51,7 +55,15 @@ bool can_read();
 /// without shared memory and not made in inference mode. Returns nothing if one of them is not.
 std::optional<HeldList> read_tensors(const py::list& tensors, bool written);
 
-/// The same from columns that Python has read, for an older torch. The caller has checked them.
+/// Positions in a list of tensors, a list for each device.
+using Positions = std::vector<std::vector<int64_t>>;
+
+/// Returns the positions of the tensors that read_tensors() takes, those of each device together,
+/// and of the others. Whether tensors share memory is not asked.
+std::pair<Positions, std::vector<int64_t>> set_apart(const py::list& tensors, bool written);
+
+/// The same as read_tensors() from columns that Python has read, for an older torch. The caller has
+/// checked them.
 HeldList from_columns(const py::list& tensors, const std::string& columns,
                       const std::vector<int64_t>& empty, unsigned dtypes, bool is_cuda,
                       int32_t device_index);

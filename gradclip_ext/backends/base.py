@@ -205,8 +205,8 @@ def current_stream(device: torch.device) -> tuple[int, bool]:
     return handle, lives_on
 
 
-def share_memory(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether the address ranges of two tensors overlap."""
+def addresses_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the ranges of addresses [begin, end) of those tensors that have memory."""
     ranges = []
     for t in tensors:
         if t.layout is torch.strided and t.numel() > 0 and (address := t.data_ptr()) != 0:
@@ -214,5 +214,10 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
             if not t.is_contiguous():
                 span = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride()))
             ranges.append((address, address + span * t.element_size()))
-    ranges.sort()
+    return ranges
+
+
+def share_memory(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether the address ranges of two tensors overlap."""
+    ranges = sorted(addresses_of(tensors))
     return any(start < end for (_, end), (start, _) in pairwise(ranges))

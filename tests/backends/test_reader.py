@@ -143,6 +143,57 @@ def test_shared_memory_is_read_only_where_nothing_is_written() -> None:
     assert C.read_tensors(neighbours, True) is not None
 
 
+# ---------------------------------------------------------------- tensors that kernels do not take
+
+
+@needs_reader
+@pytest.mark.parametrize("what", IRREGULAR)
+def test_only_what_kernels_do_not_take_is_set_apart(what: str) -> None:
+    other = IRREGULAR[what]()
+    listed = [torch.ones(5), other, torch.ones(2), torch.ones(0), other.clone()]
+    positions, others = C.set_apart(listed, False)
+    regular = [i for i, t in enumerate(listed) if t is not other and (i < 4 or is_regular(t))]
+    assert positions == [regular] and others == [i for i in range(5) if i not in regular]
+
+
+@needs_reader
+@pytest.mark.parametrize("what", [w for w in IRREGULAR if w not in ("expanded", "zero tensor")])
+def test_a_tensor_set_apart_is_clipped_beside_the_others(what: str) -> None:
+    grads = [torch.randn(5), IRREGULAR[what]().clone(), torch.randn(3, dtype=torch.float64)]
+    if what == "gaps":
+        grads[1] = torch.randn(10)[::2]
+    params = with_grads(*grads)
+    assert next(iter(gradients.read_gradients(params, selection()).handled_by()))[0] == "cpu"
+    expected = [g.clone() for g in grads]
+    exact = math.hypot(*(g.to(torch.complex128).norm().item() for g in grads))
+    norm = gradclip_ext.clip_grad_norm_(params, exact / 2, backend="cpu")
+    assert norm.item() == pytest.approx(exact, rel=1e-6)
+    for grad, old in zip(grads, expected):
+        torch.testing.assert_close(grad, old * 0.5, rtol=1e-6, atol=1e-9)
+
+
+@needs_reader
+def test_memory_shared_with_a_tensor_set_apart() -> None:
+    """Then order matters: everything goes the general way, where a tied parameter counts once."""
+    base = torch.full((12,), 2.0)
+    for shared in ([base, base[::3]], [base[::3], base[6:]], [base[::2], base[::3], torch.ones(2)]):
+        params = with_grads(torch.ones(4), *shared)
+        assert gradients._read_native([p.grad for p in params], selection(), written=True) is None
+        assert gradients._read_native([p.grad for p in params], selection(), written=False) is not None
+    apart = parameter(base[::2])
+    norm = gradclip_ext.clip_grad_norm_([apart, *with_grads(torch.ones(4)), apart], 1.0)
+    assert norm.item() == pytest.approx(math.sqrt(6 * 4.0 + 4))
+    neighbours = with_grads(base[:4], base[4:10:2], base[10:])
+    assert gradients._read_native([p.grad for p in neighbours], selection(), written=True) is not None
+
+
+@needs_reader
+def test_errors_of_tensors_set_apart_name_their_position() -> None:
+    params = with_grads(torch.ones(4), torch.ones(6)[::2], torch.ones(1).expand(5))
+    with pytest.raises(RuntimeError, match=r"gradient 2 \(shape \(5,\)\)"):
+        gradclip_ext.clip_grad_norm_(params, 1.0)
+
+
 def test_lazy_negatives_are_told_apart() -> None:
     """DLPack does not show the negative bit: a clamp has to check it, a norm or a product does not."""
     assert C.any_negative([torch.ones(2), dense_lazy_negative()])
