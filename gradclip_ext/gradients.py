@@ -69,7 +69,13 @@ def read_gradients(
     # A rank without some gradient, even without any, takes part like those that have it.
     is_sharded = group is not None or (len(grads) < len(parameters) and holds_dtensor(parameters))
     if not is_sharded:
-        gradients = _read_native(grads, selection, written=written, needs_sign=needs_sign)
+        gradients = _read_native(
+            grads,
+            selection,
+            written=written,
+            needs_sign=needs_sign,
+            complex_as_real=written and norm_type == 2.0,
+        )
         if gradients is not None:
             return gradients
         is_sharded = holds_dtensor(grads)
@@ -127,16 +133,21 @@ def read_tensors(
     selection: Selection,
     *,
     norm_type: float = 2.0,
+    magnitudes: bool = False,
     group: Any = None,
     copies: Any = None,
 ) -> GradientList | None:
-    """Return any tensors, each as often as it is listed, for reading only; None as read_gradients does."""
+    """Return any tensors, each as often as it is listed, for reading only; None as read_gradients does.
+
+    ``magnitudes``: more than a norm will be asked for.
+    """
     if copies is not None:
         check_group(group, copies)
     tensors = arguments.all_tensors("tensors", tensors)
     is_sharded = group is not None
     if not is_sharded:
-        gradients = _read_native(tensors, selection, written=False)
+        as_real = norm_type == 2.0 and not magnitudes
+        gradients = _read_native(tensors, selection, written=False, complex_as_real=as_real)
         if gradients is not None:
             return gradients
         is_sharded = holds_dtensor(tensors)
@@ -205,11 +216,17 @@ def grads_of(parameters: list[Any]) -> list[Tensor]:
 
 
 def _read_native(
-    tensors: list[Tensor], selection: Selection, *, written: bool, needs_sign: bool = False
+    tensors: list[Tensor],
+    selection: Selection,
+    *,
+    written: bool,
+    needs_sign: bool = False,
+    complex_as_real: bool = False,
 ) -> GradientList | None:
     """Return the list as the compiled module reads it, at a fifth of the time that Python takes.
 
-    None if the module is missing or declines.
+    None if the module is missing or declines. ``complex_as_real``: of complex tensors, nothing but the norm
+    of order 2 is asked.
     """
     if _extension.C is None or not _extension.C.CAN_READ or selection.is_intercepted or selection.loops:
         return None
@@ -218,8 +235,7 @@ def _read_native(
     part = _native_part(tensors, selection, written, needs_sign)
     if part is not None:
         return GradientList(tensors, [part])
-    parts = _parts_set_apart(tensors, selection, written, needs_sign)
-    return None if parts is None else GradientList(tensors, parts)
+    return _read_set_apart(tensors, selection, written, needs_sign, complex_as_real)
 
 
 def _native_part(tensors: list[Tensor], selection: Selection, written: bool, needs_sign: bool) -> Part | None:
@@ -235,10 +251,10 @@ def _native_part(tensors: list[Tensor], selection: Selection, written: bool, nee
     return backend, listed
 
 
-def _parts_set_apart(
-    tensors: list[Tensor], selection: Selection, written: bool, needs_sign: bool
-) -> list[Part] | None:
-    """Divide tensors of several devices, or with some that kernels do not take: only these are looked at in
+def _read_set_apart(
+    tensors: list[Tensor], selection: Selection, written: bool, needs_sign: bool, complex_as_real: bool
+) -> GradientList | None:
+    """Read tensors of several devices, or with some that kernels do not take: only these are looked at in
     Python. None where they need more than that: errors, subclasses, shared memory."""
     by_device, positions = _extension.C.set_apart(tensors, written)
     if len(by_device) == 1 and not positions:  # which share memory
@@ -262,10 +278,30 @@ def _parts_set_apart(
         return None
     if written and any(p.native().overlaps(*ends) for _, p in parts for ends in addresses_of(others)):
         return None
+    apart: list[Part] = []
     for device, group in _by_device(others).items():
         selection.backend_for(device)  # raises if a backend was named that cannot handle the device
-        parts.append((FOREACH, TensorList(group)))
-    return parts
+        apart.append((FOREACH, TensorList(group)))
+    if not complex_as_real:
+        return GradientList(tensors, parts + apart)
+    read = [part for _, group in apart for part in _with_complex_as_real(group, selection)]
+    return GradientList(tensors, parts + read, parts + apart)
+
+
+def _with_complex_as_real(group: TensorList, selection: Selection) -> list[Part]:
+    """Return parts for the norm of order 2, which is that of the real and the imaginary parts. To be scaled,
+    complex numbers go to torch: its product with an infinity is another one."""
+    pairs = [t for t in group.tensors if t.is_complex() and not t.is_conj()]
+    views = [torch.view_as_real(t) for t in pairs]
+    by_device, _ = _extension.C.set_apart(views, False)
+    if not by_device:
+        return [(FOREACH, group)]
+    (positions,) = by_device
+    native = _extension.C.read_tensors([views[i] for i in positions], False)
+    kernels = selection.backend_for(group.device), TensorList([pairs[i] for i in positions], native)
+    known = {id(pairs[i]) for i in positions}
+    rest = [t for t in group.tensors if id(t) not in known]
+    return [kernels, (FOREACH, TensorList(rest))] if rest else [kernels]
 
 
 def _parts(tensors: list[Tensor], selection: Selection, *, is_written: bool = False) -> list[Part]:

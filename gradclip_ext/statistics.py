@@ -212,7 +212,7 @@ def _read(
             parameters, selection, written=False, norm_type=norm_type, group=group, copies=copies
         )
     else:
-        given = read_tensors(grads, selection, norm_type=norm_type)
+        given = read_tensors(grads, selection, norm_type=norm_type, magnitudes=True)
     if given is None:
         raise NotImplementedError(
             "get_grad_stats: not supported for tensors that dispatch by themselves (FakeTensor, or DTensors "
