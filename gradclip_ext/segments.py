@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gradclip_ext import _extension
 
+# So many slices take as long as indices.
+_MOST_SLICES = 8
+
 
 class Segments:
     """The parameters of a call in the order given, each once: T segments, some without a gradient.
@@ -59,10 +62,10 @@ def listed_once(parameters: list[Any]) -> list[Any]:
 def select(values: Tensor, indices: Sequence[int | None]) -> Tensor:
     """Return ``values[..., indices]``, with 0 for None.
 
-    By slices, of which most lists need few: a tensor of indices would have to be copied to the device, and
-    the host would wait for that.
+    By slices, of which most lists need few. Where they would be many, by tensors of indices: from page-locked
+    memory, so that the host does not wait for their copy. A captured graph would read that memory again.
     """
-    pieces: list[Tensor] = []
+    runs: list[tuple[int | None, int]] = []  # the first index, None for zeros, and the length
     start = 0
     for end in range(1, len(indices) + 1):
         first, before = indices[start], indices[end - 1]
@@ -70,11 +73,29 @@ def select(values: Tensor, indices: Sequence[int | None]) -> Tensor:
         is_run = after is not None and before is not None and after == before + 1
         if end < len(indices) and (is_run or (before is None and after is None)):
             continue
-        count = end - start
-        zeros = (*values.shape[:-1], count)
-        pieces.append(values.new_zeros(zeros) if first is None else values[..., first : first + count])
+        runs.append((first, end - start))
         start = end
+    if len(runs) > _MOST_SLICES and _can_copy_indices_to(values.device):
+        found = values.new_zeros((*values.shape[:-1], len(indices)))
+        where = _on_device([i for i, index in enumerate(indices) if index is not None], values.device)
+        which = _on_device([index for index in indices if index is not None], values.device)
+        return found.index_copy_(-1, where, values.index_select(-1, which))
+    pieces = [
+        values.new_zeros((*values.shape[:-1], count)) if first is None else values[..., first : first + count]
+        for first, count in runs
+    ]
     return torch.cat(pieces, dim=-1) if pieces else values[..., :0]
+
+
+def _can_copy_indices_to(device: torch.device) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
+
+
+def _on_device(indices: list[int], device: torch.device) -> Tensor:
+    index = torch.tensor(indices, dtype=torch.int64, device="cpu")
+    return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
 
 
 def positions_of(tensors: Sequence[Tensor], listed: Sequence[Tensor]) -> list[int]:

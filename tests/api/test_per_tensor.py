@@ -76,6 +76,22 @@ def test_as_one_call_for_each(backend: Target, dtype: torch.dtype, norm_type: fl
                 oracle.assert_same_bits(oracle.gaps(grad), old, f"{what}: gaps")
 
 
+def test_every_second_parameter_without_gradient(backend: Target) -> None:
+    """Results for each parameter, and limits of each, have gaps in many places."""
+    params = backend.parameters(*[(3 + i,) for i in range(40)])
+    for param in params[::2]:
+        param.grad = None
+    twins = [parameter(p.grad.clone()) for p in params[1::2]]
+    limits = torch.rand(40, device=backend.device)
+    norms = backend.clip_grad_norm_(params, limits, per_tensor=True)
+    expected = backend.clip_grad_norm_(twins, limits[1::2].contiguous(), per_tensor=True)
+    oracle.assert_same_bits(norms[1::2], expected)
+    assert (norms[::2] == 0.0).all()
+    for param, twin in zip(params[1::2], twins):
+        oracle.assert_same_bits(param.grad, twin.grad)
+    assert backend.get_grad_stats(params).norms[::2].count_nonzero() == 0
+
+
 def test_against_the_reference(backend: Target) -> None:
     grads = [backend.random(50), backend.random(7, 5) * 30, backend.random() / 50, backend.random(0)]
     exact = reference.norms(grads)
