@@ -100,10 +100,11 @@ def read_gradients(
         return None
     if not written:
         return read_only(grads, selection)
-    check_readable(grads, allows_sparse)
-    check_writable(grads, allows_lazy=selection.loops)
+    plain = as_plain(grads)  # first: a __torch_function__ would see each question of the checks
+    check_readable(plain, allows_sparse)
+    check_writable(plain, allows_lazy=selection.loops)
     once = listed_once(parameters)
-    return _divided(grads_of(once) if len(once) < len(parameters) else grads, selection)
+    return _divided(as_plain(grads_of(once)) if len(once) < len(parameters) else plain, selection)
 
 
 def read_written(
@@ -113,13 +114,13 @@ def read_written(
     gradients = _read_native(grads, selection, written=True, needs_sign=needs_sign)
     if gradients is not None:
         return gradients
-    check_readable(grads, allows_sparse)
-    check_writable(grads, allows_lazy=selection.loops)
-    return _divided(grads, selection)
-
-
-def _divided(grads: list[Tensor], selection: Selection) -> GradientList:
     plain = as_plain(grads)
+    check_readable(plain, allows_sparse)
+    check_writable(plain, allows_lazy=selection.loops)
+    return _divided(plain, selection)
+
+
+def _divided(plain: list[Tensor], selection: Selection) -> GradientList:
     written = _distinct_memory(plain)
     parts = _parts(plain, selection, is_written=len(written) == len(plain))
     if len(written) == len(plain):
@@ -167,8 +168,8 @@ def read_only(tensors: list[Tensor], selection: Selection) -> GradientList:
     gradients = _read_native(tensors, selection, written=False)
     if gradients is not None:
         return gradients
-    check_readable(tensors)
     plain = as_plain(tensors)
+    check_readable(plain)
     return GradientList(plain, _parts(plain, selection), is_intercepted=selection.is_intercepted)
 
 
