@@ -238,8 +238,8 @@ def _first(elements: Sequence[Any], test: Callable[[Any], Any]) -> int | None:
 
 
 def set_apart_cut_units(parameters: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the parameters that are one unit of adaptive clipping each and divided among ranks, and the
-    others."""
+    """Return the parameters that are one unit of adaptive clipping each and divided among ranks, and all
+    other ones."""
     is_cut = [p.dim() < 2 and _dtensors.is_cut(p) for p in parameters]
     return list(compress(parameters, is_cut)), [p for p, cut in zip(parameters, is_cut) if not cut]
 

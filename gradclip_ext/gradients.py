@@ -258,7 +258,8 @@ def _read_set_apart(
     """Read tensors of several devices, or with some that kernels do not take: only these are looked at in
     Python. None where they need more than that: errors, subclasses, shared memory."""
     by_device, positions = _extension.C.set_apart(tensors, written)
-    if len(by_device) == 1 and not positions:  # which share memory
+    others = [tensors[i] for i in positions]
+    if (len(by_device) == 1 and not others) or not _all_plain(others):  # the first ones share memory
         return None
     parts: list[Part] = []
     for own in by_device:
@@ -266,9 +267,6 @@ def _read_set_apart(
         if part is None:
             return None
         parts.append(part)
-    others = [tensors[i] for i in positions]
-    if not _all_plain(others):
-        return None
     try:
         check_readable(others)
         if written:
@@ -283,7 +281,7 @@ def _read_set_apart(
     for device, group in _by_device(others).items():
         selection.backend_for(device)  # raises if a backend was named that cannot handle the device
         apart.append((FOREACH, TensorList(group)))
-    if not complex_as_real:
+    if not complex_as_real or not any(t.is_complex() for t in others):
         return GradientList(tensors, parts + apart)
     read = [part for _, group in apart for part in _with_complex_as_real(group, selection)]
     return GradientList(tensors, parts + read, parts + apart)
