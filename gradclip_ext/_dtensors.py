@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -138,6 +138,10 @@ def replicated(norm: Tensor, mesh: DeviceMesh) -> Tensor:
 # ---------------------------------------------------------------- gradients that still have to be summed
 
 
+# Elements that are summed by one collective: 32 MB of float32. More would take memory, and hardly less time.
+_SUMMED = 1 << 23
+
+
 class _Flat:
     """A flat piece of a DTensor, and what remains to be summed."""
 
@@ -146,26 +150,44 @@ class _Flat:
         self.mesh = mesh
         self.placements = placements
 
+    def sum_dtype(self) -> torch.dtype:
+        """Return the dtype in which it is summed."""
+        return _LARGER_DTYPE.get(self.values.dtype, self.values.dtype)
+
 
 def sum_partials(tensors: Sequence[Any]) -> list[Tensor]:
     """Return for each DTensor with Partial placements this rank's flat piece of the summed tensor.
 
-    One reduce-scatter for each dimension of a mesh (and dtype), of all tensors together: in float32 for half
-    types, without the padding that makes the pieces equally long. All ranks of that dimension need the same
-    tensors in the same order.
+    For each dimension of a mesh (and dtype), one reduce-scatter of each 32 MB: in float32 for half types,
+    without the padding that makes the pieces equally long. All ranks of that dimension need the same tensors
+    in the same order.
     """
-    flats = []
-    for part, tensor in zip(unwrap(tensors)[0], tensors):
-        values = part.reshape(-1).to(_LARGER_DTYPE.get(part.dtype, part.dtype))
-        flats.append(_Flat(values, tensor._spec.mesh, tensor._spec.placements))
+    flats = [
+        _Flat(part.reshape(-1), tensor._spec.mesh, tensor._spec.placements)
+        for part, tensor in zip(unwrap(tensors)[0], tensors)
+    ]
     for dim in reversed(range(max((len(flat.placements) for flat in flats), default=0))):
         together: dict[Any, list[_Flat]] = {}
         for flat in flats:
             if dim < len(flat.placements) and type(flat.placements[dim]) is Partial:
-                together.setdefault((id(flat.mesh), flat.values.dtype), []).append(flat)
+                together.setdefault((id(flat.mesh), flat.sum_dtype()), []).append(flat)
         for group in together.values():
-            _sum_over(group, dim)
+            for bucket in _buckets(group):
+                _sum_over(bucket, dim)
     return [flat.values for flat in flats]
+
+
+def _buckets(flats: list[_Flat]) -> Iterator[list[_Flat]]:
+    """Divide a list into such of at most _SUMMED elements, or of one tensor; alike on all ranks."""
+    bucket: list[_Flat] = []
+    numel = 0
+    for flat in flats:
+        if bucket and numel + flat.values.numel() > _SUMMED:
+            yield bucket
+            bucket, numel = [], 0
+        bucket.append(flat)
+        numel += flat.values.numel()
+    yield bucket
 
 
 def _sum_over(flats: list[_Flat], dim: int) -> None:
@@ -176,9 +198,11 @@ def _sum_over(flats: list[_Flat], dim: int) -> None:
     process_group = mesh.get_group(dim)
     numels = [flat.values.numel() for flat in flats]
     chunk = -(-sum(numels) // size)
-    values = flats[0].values
-    joined = torch.cat([*(flat.values for flat in flats), values.new_zeros(chunk * size - sum(numels))])
-    sent = joined.to(communication_device(process_group, joined.device, mesh.device_type))
+    device = flats[0].values.device
+    joined = torch.zeros(chunk * size, dtype=flats[0].sum_dtype(), device=device)
+    for flat, part in zip(flats, joined.split([*numels, chunk * size - sum(numels)])):
+        part.copy_(flat.values)
+    sent = joined.to(communication_device(process_group, device, mesh.device_type))
     piece = sent.new_empty(chunk)
     if sent.is_complex():
         _reduce_scatter(
@@ -186,7 +210,7 @@ def _sum_over(flats: list[_Flat], dim: int) -> None:
         )
     else:
         _reduce_scatter(piece, sent, group=process_group)
-    piece = piece.to(values.device)
+    piece = piece.to(device)
     first = mesh.get_local_rank(dim) * chunk
     start = 0
     for flat, numel in zip(flats, numels):

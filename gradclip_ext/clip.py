@@ -128,7 +128,7 @@ def clip_grad_norm_(
         over the mesh or, if that has several dimensions, over the world if these ranks are
         all of it, else over one dimension after the other. A finite norm_type outside of
         (0, 6] takes one more, for the largest (smallest) norm. Partial gradients are first
-        summed by one reduce-scatter for each dimension of a mesh and dtype; all ranks of that
+        summed, by one reduce-scatter for each dimension of a mesh, dtype and 32 MB; all ranks of that
         dimension need the same gradients in the same order. Otherwise lists may differ
         between ranks, and a rank without gradients takes part. per_tensor takes two all-reduces of T
         numbers, and the same parameters on all ranks, whose number is compared at the first call, for

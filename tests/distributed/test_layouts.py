@@ -15,7 +15,7 @@ from ranks import Ranks
 from sharding import Avg, Copy, Model, Shard0, Shard1, Strided, Sum, check_clipped, mesh, plain
 
 import gradclip_ext
-from gradclip_ext import _layout
+from gradclip_ext import _dtensors, _layout
 
 pytestmark = needs_gloo
 
@@ -99,6 +99,21 @@ def test_layout(ranks: Ranks, name: str) -> None:
 def test_complex(ranks: Ranks) -> None:
     for name in ("Shard(0)", "HSDP"):
         ranks.run(on_rank, name, SEED, (2.0, 1.0, math.inf), (torch.complex64,))
+
+
+def in_buckets(seed: int, dtype: torch.dtype) -> list[tuple[str, int, int]]:
+    model = Model(seed)
+    for shape, placement in (((5, 3), Sum), ((2, 2), Avg), ((0, 4), Sum), ((7,), Sum), ((40,), Sum)):
+        model.add(shape, mesh(4), placement, dtype=dtype)
+    with mock.patch.object(_dtensors, "_SUMMED", 16):
+        return check_clipped(model, 2.0, 1e-2)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_partial_gradients_are_summed_a_bucket_at_a_time(ranks: Ranks, dtype: torch.dtype) -> None:
+    """Of 16 elements here, or of one larger tensor; in float32, with padding to four equal pieces."""
+    for sent in ranks.run(in_buckets, SEED, dtype):
+        assert sent == [("reduce_scatter", 4 * numel, 4) for numel in (16, 12, 40)] + [("all_reduce", 8, 4)]
 
 
 # ---------------------------------------------------------------- the checks find what they are there for
