@@ -14,7 +14,7 @@ from gradclip_ext.backends import Selection
 from gradclip_ext.gradient_list import GradientList
 from gradclip_ext.gradients import grads_of, holds_dtensor, read_gradients, read_tensors
 from gradclip_ext.interception import is_intercepted
-from gradclip_ext.norms import result_dtype
+from gradclip_ext.norms import REPORT, result_dtype
 from gradclip_ext.segments import Segments
 
 if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
@@ -183,6 +183,11 @@ def get_grad_stats(
             return GradStats(total, none, (0,) * count, names_given)
         total, rows = given.statistics(norm_type, names)
         if not given.is_sharded:
+            if any(dtype.is_complex for dtype in given.dtypes()):
+                # The kernels may take them for the norm, but not for largest magnitudes.
+                as_for_norm = read_tensors(grads, selection, norm_type=norm_type)
+                assert as_for_norm is not None
+                total = as_for_norm.norm(norm_type, REPORT)[0]
             total = total.to(result_dtype(given.dtypes()))
             rows = segments.of_parameters(rows)
         numels = iter(map(Tensor.numel, grads))
