@@ -138,7 +138,8 @@ test-integrations: .venv-integrations/.ready
 .venv-integrations/.ready: $(SOURCES) tests/integrations/requirements.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=3.0" wheel ninja
-	GRADCLIP_EXT_BUILD=cpu .venv-integrations/bin/python -m pip install --quiet --no-build-isolation --editable .
+	GRADCLIP_EXT_BUILD=cpu GRADCLIP_EXT_TESTING=1 .venv-integrations/bin/python -m pip install --quiet \
+	  --no-build-isolation --editable .
 	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation -r tests/integrations/requirements.txt
 	touch $@
 
