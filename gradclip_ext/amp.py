@@ -19,11 +19,8 @@ from gradclip_ext.gradients import check_group, read_gradients
 from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import Limit, Rule, on_device
 
-if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-
-    Group = ProcessGroup | DeviceMesh
+if TYPE_CHECKING:
+    from gradclip_ext.clip import Group
 
 _METHOD = "_unscale_grads_"  # what GradScaler.unscale_ calls between its checks and its bookkeeping
 _ITS_PARAMETERS = ["self", "optimizer", "inv_scale", "found_inf", "allow_fp16"]

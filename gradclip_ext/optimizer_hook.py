@@ -21,11 +21,8 @@ from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import Coefficient, Limit, Rule, combine_norms, on_device, widest_dtype
 from gradclip_ext.skipping import skips_of
 
-if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-
-    Group = ProcessGroup | DeviceMesh
+if TYPE_CHECKING:
+    from gradclip_ext.clip import Group
 
 _KEY = "max_norm"  # of a group of the optimizer
 

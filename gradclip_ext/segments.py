@@ -77,8 +77,8 @@ def select(values: Tensor, indices: Sequence[int | None]) -> Tensor:
         start = end
     if len(runs) > _MOST_SLICES and _can_copy_indices_to(values.device):
         found = values.new_zeros((*values.shape[:-1], len(indices)))
-        where = _on_device([i for i, index in enumerate(indices) if index is not None], values.device)
-        which = _on_device([index for index in indices if index is not None], values.device)
+        where = _as_index([i for i, index in enumerate(indices) if index is not None], values.device)
+        which = _as_index([index for index in indices if index is not None], values.device)
         return found.index_copy_(-1, where, values.index_select(-1, which))
     pieces = [
         values.new_zeros((*values.shape[:-1], count)) if first is None else values[..., first : first + count]
@@ -93,7 +93,7 @@ def _can_copy_indices_to(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
-def _on_device(indices: list[int], device: torch.device) -> Tensor:
+def _as_index(indices: list[int], device: torch.device) -> Tensor:
     index = torch.tensor(indices, dtype=torch.int64, device="cpu")
     return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
 

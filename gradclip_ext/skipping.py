@@ -69,14 +69,17 @@ def skip_step_(optimizer: Optimizer, when: Tensor | bool) -> None:
         >>> weight.data
         tensor([1., 1.])
     """
-    _check(optimizer)
+    kind = _check(optimizer)
     flag = _as_flag(when)
-    skips_of(optimizer).request(optimizer, flag)
+    _skips_of(optimizer, kind).request(optimizer, flag)
 
 
 def skips_of(optimizer: Optimizer) -> Skips:
     """Return what is kept for an optimizer; raise if its steps cannot be skipped."""
-    kind = _check(optimizer)
+    return _skips_of(optimizer, _check(optimizer))
+
+
+def _skips_of(optimizer: Optimizer, kind: type[Optimizer]) -> Skips:
     skips: Skips | None = vars(optimizer).get(_ATTRIBUTE)
     if skips is None or skips.groups != len(optimizer.param_groups):
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}

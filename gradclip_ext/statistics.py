@@ -17,11 +17,8 @@ from gradclip_ext.interception import is_intercepted
 from gradclip_ext.norms import REPORT, result_dtype
 from gradclip_ext.segments import Segments
 
-if TYPE_CHECKING:  # importing these takes time that lists of plain tensors need not spend
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-
-    Group = ProcessGroup | DeviceMesh
+if TYPE_CHECKING:
+    from gradclip_ext.clip import Group
 
 
 class GradStats:
@@ -183,7 +180,7 @@ def get_grad_stats(
             return GradStats(total, none, (0,) * count, names_given)
         total, rows = given.statistics(norm_type, names)
         if not given.is_sharded:
-            if any(dtype.is_complex for dtype in given.dtypes()):
+            if norm_type == 2.0 and any(dtype.is_complex for dtype in given.dtypes()):
                 # The kernels may take them for the norm, but not for largest magnitudes.
                 as_for_norm = read_tensors(grads, selection, norm_type=norm_type)
                 assert as_for_norm is not None
