@@ -204,30 +204,50 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+const cpu::ChunkKernels& kernels_of(const std::string& isa) {
+  for (const cpu::ChunkKernels* kernels : cpu::usable_chunk_kernels()) {
+    if (kernels->isa == isa) return *kernels;
+  }
+  throw py::value_error("no such instruction set: " + isa);
+}
+
 /// Runs one kernel on memory at an address, which the caller keeps alive; `x` and `y` are its other
 /// arguments.
 double run_kernel(const std::string& isa, const std::string& kernel, const std::string& dtype,
                   uint64_t address, int64_t numel, double x, double y) {
+  const cpu::ChunkKernels& kernels = kernels_of(isa);
   const auto d = static_cast<int>(dtype_named(dtype));
   void* data = reinterpret_cast<void*>(address);
-  for (const cpu::ChunkKernels* kernels : cpu::usable_chunk_kernels()) {
-    if (kernels->isa != isa) continue;
-    if (kernel == "sum_squares") return kernels->sum_squares[d](data, numel);
-    if (kernel == "sum_magnitudes") return kernels->sum_magnitudes[d](data, numel);
-    if (kernel == "max_magnitude") return kernels->max_magnitude[d](data, numel);
-    if (kernel == "sum_powers") return kernels->sum_powers[d](data, numel, x, y);
-    if (kernel.rfind("statistics.", 0) == 0) {
-      cpu::ChunkStatistics found;
-      kernels->statistics[d](data, numel, &found);
-      if (kernel == "statistics.sum_squares") return found.sum_squares;
-      if (kernel == "statistics.largest") return found.largest;
-      if (kernel == "statistics.zeros") return static_cast<double>(found.zeros);
-      if (kernel == "statistics.nonfinite") return static_cast<double>(found.nonfinite);
-    }
-    if (kernel == "scale") return kernels->scale[d](data, numel, x), 0;
-    if (kernel == "clamp") return kernels->clamp[d](data, numel, x, y), 0;
+  if (kernel == "sum_squares") return kernels.sum_squares[d](data, numel);
+  if (kernel == "sum_magnitudes") return kernels.sum_magnitudes[d](data, numel);
+  if (kernel == "max_magnitude") return kernels.max_magnitude[d](data, numel);
+  if (kernel == "sum_powers") return kernels.sum_powers[d](data, numel, x, y);
+  if (kernel.rfind("statistics.", 0) == 0) {
+    cpu::ChunkStatistics found;
+    kernels.statistics[d](data, numel, &found);
+    if (kernel == "statistics.sum_squares") return found.sum_squares;
+    if (kernel == "statistics.largest") return found.largest;
+    if (kernel == "statistics.zeros") return static_cast<double>(found.zeros);
+    if (kernel == "statistics.nonfinite") return static_cast<double>(found.nonfinite);
   }
-  throw py::value_error("no such kernel: " + isa + " " + kernel);
+  if (kernel == "scale") return kernels.scale[d](data, numel, x), 0;
+  if (kernel == "clamp") return kernels.clamp[d](data, numel, x, y), 0;
+  throw py::value_error("no such kernel: " + kernel);
+}
+
+std::vector<double> unit_sums(const std::string& isa, const std::string& dtype, uint64_t address,
+                              int64_t units, int64_t length) {
+  std::vector<double> sums(static_cast<size_t>(units));
+  kernels_of(isa).unit_sums[static_cast<int>(dtype_named(dtype))](
+      reinterpret_cast<const void*>(address), units, length, sums.data());
+  return sums;
+}
+
+/// There are as many units as coefficients.
+void scale_units(const std::string& isa, const std::string& dtype, uint64_t address, int64_t length,
+                 const std::vector<double>& coefs) {
+  kernels_of(isa).scale_units[static_cast<int>(dtype_named(dtype))](
+      reinterpret_cast<void*>(address), static_cast<int64_t>(coefs.size()), length, coefs.data());
 }
 
 }  // namespace
@@ -246,4 +266,6 @@ PYBIND11_MODULE(_testing, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("run_kernel", &run_kernel, py::arg("isa"), py::arg("kernel"), py::arg("dtype"),
         py::arg("address"), py::arg("numel"), py::arg("x") = 0.0, py::arg("y") = 0.0);
+  m.def("unit_sums", &unit_sums);
+  m.def("scale_units", &scale_units);
 }

@@ -26,6 +26,46 @@ void clip_unit(const Span& grad, const Span& weight, const AdaptiveRule& rule,
   for_each_chunk(grad, [&](const ChunkData& chunk) { scale_chunk(chunk, coef, kernels); });
 }
 
+/// The norm of one of short units, of which `sum` is the sum of squares.
+double norm_of_short(const Span& span, int64_t unit, int64_t length, double sum,
+                     const ChunkKernels& kernels) {
+  // A square of float64 may have left the range.
+  const bool in_range = span.dtype != DType::kFloat64 || (sum >= 1e-290 && sum <= DBL_MAX);
+  return in_range ? std::sqrt(sum) : norm_of(unit_of(span, unit, length), 2, kernels);
+}
+
+/// Clips short units by norms of order 2. One at a time, each would cost two calls of kernels and
+/// sums over vectors of which most lanes are empty.
+void clip_short_units(const Span& grad, const Span& weight, int64_t first, int64_t count,
+                      int64_t length, const AdaptiveRule& rule, const ChunkKernels& kernels) {
+  double sums[kUnitsTogether], weight_sums[kUnitsTogether], coefs[kUnitsTogether];
+  const Span grads = unit_of(grad, first, length), weights = unit_of(weight, first, length);
+  kernels.unit_sums[static_cast<int>(grad.dtype)](grads.data, count, length, sums);
+  kernels.unit_sums[static_cast<int>(weight.dtype)](weights.data, count, length, weight_sums);
+  bool all_kept = true;
+  for (int64_t unit = 0; unit < count; ++unit) {
+    coefs[unit] = rule.clip_coef(norm_of_short(grads, unit, length, sums[unit], kernels),
+                                 norm_of_short(weights, unit, length, weight_sums[unit], kernels));
+    all_kept &= coefs[unit] == 1;
+  }
+  if (all_kept) return;
+  kernels.scale_units[static_cast<int>(grad.dtype)](grads.data, count, length, coefs);
+}
+
+void clip_units(const Span& grad, const Span& weight, int64_t first, int64_t count, int64_t length,
+                const AdaptiveRule& rule, const ChunkKernels& kernels) {
+  const int64_t end = first + count;
+  if (length <= kShortUnit && rule.p == 2) {
+    for (; first < end; first += kUnitsTogether) {
+      const int64_t together = std::min(kUnitsTogether, end - first);
+      clip_short_units(grad, weight, first, together, length, rule, kernels);
+    }
+  }
+  for (; first < end; ++first) {
+    clip_unit(unit_of(grad, first, length), unit_of(weight, first, length), rule, kernels);
+  }
+}
+
 }  // namespace
 
 void clip_adaptive(const TensorList& grads, const TensorList& weights, const int64_t* units,
@@ -51,10 +91,7 @@ void clip_adaptive(const TensorList& grads, const TensorList& weights, const int
       const auto at = static_cast<size_t>(tensor);
       const Chunk part = chunk_of(tensor, run - first_run[at], units[tensor], units_per_run[at]);
       const int64_t length = grads[tensor].numel / units[tensor];
-      for (int64_t unit = part.offset; unit < part.offset + part.length; ++unit) {
-        clip_unit(unit_of(grads[tensor], unit, length), unit_of(weights[tensor], unit, length),
-                  rule, kernels);
-      }
+      clip_units(grads[tensor], weights[tensor], part.offset, part.length, length, rule, kernels);
     }
   };
   run_on(threads, workers, work);

@@ -17,6 +17,11 @@ struct ChunkStatistics {
   int64_t nonfinite;
 };
 
+// A unit, a slice of a tensor, is short up to so many elements, and so many of them are processed
+// together: enough that a call costs little, and few enough that they stay in the first cache.
+constexpr int64_t kShortUnit = 32;
+constexpr int64_t kUnitsTogether = 64;
+
 /// The kernels of one instruction set. Each works on one chunk of up to 64 KiB.
 struct ChunkKernels {
   /// Name of the instruction set, for reports.
@@ -34,6 +39,10 @@ struct ChunkKernels {
   void (*statistics[kDTypes])(const void* data, int64_t numel, ChunkStatistics* out);
   /// x *= coef, computed in float32 (float64 for float64) and rounded once.
   void (*scale[kDTypes])(void* data, int64_t numel, double coef);
+  /// The sums of squares of short units that lie one after the other, in float64.
+  void (*unit_sums[kDTypes])(const void* data, int64_t units, int64_t length, double* sums);
+  /// Scales short units, each by its own coefficient. One of 1 leaves the bits as they are.
+  void (*scale_units[kDTypes])(void* data, int64_t units, int64_t length, const double* coefs);
   /// Clamps to [min, max], both rounded to the dtype; NaN stays NaN. Writes only rows that change.
   void (*clamp[kDTypes])(void* data, int64_t numel, double min, double max);
 };

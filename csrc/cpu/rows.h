@@ -72,6 +72,18 @@ struct BFloat16 : Half {
       store(x + i * kLanes<F32>, even | odd);
     }
   }
+  static GRADCLIP_INLINE void widen_row(float* to, const Item* x) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i, x += kLanes<F32>, to += kLanes<F32>) {
+      store(to, __builtin_convertvector(load<HalfU16>(x), U32) << 16);
+    }
+  }
+  static GRADCLIP_INLINE void narrow_row(Item* x, const float* from) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i, x += kLanes<F32>, from += kLanes<F32>) {
+      store(x, __builtin_convertvector(round(load<F32>(from)) >> 16, HalfU16));
+    }
+  }
 
  private:
   /// Rounds to nearest, ties to even, into the upper half of each word; NaN becomes a quiet NaN.
@@ -92,6 +104,17 @@ struct Float16 : Half {
   static GRADCLIP_INLINE void store_row(Item* x, const Row<F32>& row) {
     GRADCLIP_UNROLL
     for (int i = 0; i < kVectors; ++i) store_halves(x + i * kLanes<F32>, row.v[i]);
+  }
+  static GRADCLIP_INLINE void widen_row(float* to, const Item* x) {
+    const Row<F32> row = load_row(x);
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) store(to + i * kLanes<F32>, row.v[i]);
+  }
+  static GRADCLIP_INLINE void narrow_row(Item* x, const float* from) {
+    GRADCLIP_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      store_halves(x + i * kLanes<F32>, load<F32>(from + i * kLanes<F32>));
+    }
   }
 };
 

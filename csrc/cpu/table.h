@@ -5,6 +5,7 @@
 
 #include "norm.h"
 #include "statistics.h"
+#include "units.h"
 #include "update.h"
 
 namespace gradclip::cpu::GRADCLIP_ISA {
@@ -17,7 +18,8 @@ namespace gradclip::cpu::GRADCLIP_ISA {
 const ChunkKernels kKernels = {
     GRADCLIP_NAME_OF(GRADCLIP_ISA), GRADCLIP_EACH(sum_squares), GRADCLIP_EACH(sum_magnitudes),
     GRADCLIP_EACH(max_magnitude),   GRADCLIP_EACH(sum_powers),  GRADCLIP_EACH(statistics),
-    GRADCLIP_EACH(scale),           GRADCLIP_EACH(clamp),
+    GRADCLIP_EACH(scale),           GRADCLIP_EACH(unit_sums),   GRADCLIP_EACH(scale_units),
+    GRADCLIP_EACH(clamp),
 };
 
 }  // namespace gradclip::cpu::GRADCLIP_ISA

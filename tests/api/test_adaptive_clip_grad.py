@@ -109,7 +109,8 @@ def test_layouts(backend: Target, layout: str, of: str) -> None:
 
 def test_many_chunks_and_threads(backend: Target) -> None:
     """Long units, many short ones, one that is the whole tensor."""
-    params = with_weights(backend, [(3, 50_000), (2_000, 70), (300_001,), (300, 500), (2, 3)])
+    shapes = [(3, 50_000), (2_000, 70), (300_001,), (300, 500), (2, 3), (1_000, 1, 3, 3), (130, 32), (67, 1)]
+    params = with_weights(backend, shapes)
     before = clones(grads_of(params))
     backend.adaptive_clip_grad_(params, 0.05)
     assert_adaptive(params, before, 0.05)

@@ -177,6 +177,42 @@ def test_updates_touch_their_elements_only(isa: str, dtype: torch.dtype, kernel:
             assert (around == 42).all(), (numel, shift)
 
 
+UNITS = [(units, length) for units in (1, 3, 4, 5, 31, 63, 64) for length in (1, 2, 3, 7, 9, 16, 25, 31, 32)]
+
+
+@over_instruction_sets
+@over_dtypes
+def test_sums_of_short_units(isa: str, dtype: torch.dtype) -> None:
+    for units, length in UNITS:
+        values = values_of(dtype, units * length)
+        if length > 1:
+            values[length - 1] = math.nan  # in the first unit alone
+        for shift in (0, 1, 3):
+            inside, _ = placed(values, shift)
+            found = testing.unit_sums(isa, name_of(dtype), inside.data_ptr(), units, length)
+            expected = values.double().view(units, length).square().sum(1)
+            found = torch.tensor(found, dtype=torch.float64)
+            torch.testing.assert_close(found, expected, rtol=1e-14, atol=0, equal_nan=True)
+
+
+@over_instruction_sets
+@over_dtypes
+def test_scaling_of_short_units(isa: str, dtype: torch.dtype) -> None:
+    """Each has the bits that its own coefficient gives it, and memory around them is not touched."""
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    patterns = all_values(dtype)
+    for units, length in UNITS:
+        values = patterns[torch.randint(len(patterns), (units * length,))]
+        coefs = [[1.0, 0.0, 0.3, 1e-30][i % 4] for i in range(units)]
+        for shift in (0, 1, 3):
+            inside, around = placed(values, shift)
+            testing.scale_units(isa, name_of(dtype), inside.data_ptr(), length, coefs)
+            factors = torch.tensor(coefs, dtype=compute_dtype).repeat_interleave(length)
+            assert_same(inside, (values.to(compute_dtype) * factors).to(dtype))
+            inside.fill_(42)
+            assert (around == 42).all(), (units, length, shift)
+
+
 @pytest.mark.skipif("libasan" not in os.environ.get("LD_PRELOAD", ""), reason="runs in make test-sanitize")
 @over_instruction_sets
 @pytest.mark.parametrize("kernel", ["sum_squares", "max_magnitude", "scale", "clamp"])
