@@ -134,6 +134,15 @@ def test_inference_tensors_are_read_only_where_nothing_is_written() -> None:
 
 
 @needs_reader
+@pytest.mark.parametrize("first", [torch.ones, lambda _: inference_tensor()], ids=["some", "all"])
+def test_kernels_clip_inference_tensors_inside_the_mode(first: Callable[[int], Tensor]) -> None:
+    params = with_grads(first(2), inference_tensor())
+    with torch.inference_mode():
+        found = gradients.read_gradients(params, selection())
+        assert found is not None and [b.name for b, _ in found._parts] == ["cpu"]
+
+
+@needs_reader
 def test_shared_memory_is_read_only_where_nothing_is_written() -> None:
     base = torch.full((5,), 2.0)
     for shared in ([base, base], [base, base.view(5)], [base, base[1:]], [base[1:3], torch.ones(1), base]):
