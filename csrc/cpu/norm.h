@@ -20,13 +20,16 @@ struct MaxMagnitude {
   void rows(const typename Format::Item* x, int64_t count) {
     constexpr auto kMagnitude = std::numeric_limits<LaneOf<Bits>>::max();
     Bits max_bits[2] = {largest, largest};
-    for (; count != 0; --count, x += Format::kRow) {
-      GRADCLIP_UNROLL
-      for (int i = 0; i < kVectorsPerRow; ++i) {
-        const Bits bits = load<Bits>(x + i * kLanes<Bits>) & kMagnitude;
-        max_bits[i % 2] = bits > max_bits[i % 2] ? bits : max_bits[i % 2];
-      }
-    }
+    read_rows<Format, true>(
+        x, count,
+        [&](const typename Format::Item* at) GRADCLIP_INLINED {
+          GRADCLIP_UNROLL
+          for (int i = 0; i < kVectorsPerRow; ++i) {
+            const Bits bits = load<Bits>(at + i * kLanes<Bits>) & kMagnitude;
+            max_bits[i % 2] = bits > max_bits[i % 2] ? bits : max_bits[i % 2];
+          }
+        },
+        [] {});
     largest = max_bits[0] > max_bits[1] ? max_bits[0] : max_bits[1];
   }
 };
@@ -83,19 +86,22 @@ struct Float64Sum {
 
   void rows(const typename Format::Item* x, int64_t count) {
     F64 l = low, h = high;
-    for (; count != 0; --count, x += Format::kRow) {
-      const auto row = Format::load_row(x);
-      GRADCLIP_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        if constexpr (std::is_same_v<typename Format::Vec, F32>) {
-          const PairF64 pair = to_float64(row.v[i]);
-          l = term.add(l, pair.low);
-          h = term.add(h, pair.high);
-        } else {
-          (i % 2 == 0 ? l : h) = term.add(i % 2 == 0 ? l : h, row.v[i]);
-        }
-      }
-    }
+    read_rows<Format, kSumsInStreams<Format>>(
+        x, count,
+        [&](const typename Format::Item* at) GRADCLIP_INLINED {
+          const auto row = Format::load_row(at);
+          GRADCLIP_UNROLL
+          for (int i = 0; i < kVectors; ++i) {
+            if constexpr (std::is_same_v<typename Format::Vec, F32>) {
+              const PairF64 pair = to_float64(row.v[i]);
+              l = term.add(l, pair.low);
+              h = term.add(h, pair.high);
+            } else {
+              (i % 2 == 0 ? l : h) = term.add(i % 2 == 0 ? l : h, row.v[i]);
+            }
+          }
+        },
+        [] {});
     low = l;
     high = h;
   }
@@ -117,12 +123,6 @@ double sum_powers(const void* data, int64_t numel, double p, double pivot) {
 
 // ---------------------------------------------------------------- float32 arithmetic
 
-// The number of terms that a lane adds in float32 before the sum is added to a float64 one. Adding
-// n terms of one sign rounds n times, each time by at most 2^-24 of the sum. With 16 terms, the
-// error of a sum is at most 16 x 2^-24 = 9.5e-7 and that of its square root 4.8e-7, whatever the
-// values and however many sums are added in float64.
-constexpr int64_t kFoldRows = 16;
-
 GRADCLIP_INLINE void add_in_float64(F64& low, F64& high, const Row<F32>& sums) {
   GRADCLIP_UNROLL
   for (int i = 0; i < kVectors; ++i) {
@@ -140,17 +140,18 @@ struct Float32Sum {
 
   void rows(const typename Format::Item* x, int64_t count) {
     F64 l = low, h = high;
-    while (count != 0) {
-      const int64_t fold = count < kFoldRows ? count : kFoldRows;
-      count -= fold;
-      Row<F32> sums = {};
-      for (const auto* end = x + fold * Format::kRow; x != end; x += Format::kRow) {
-        const Row<F32> row = Format::load_row(x);
-        GRADCLIP_UNROLL
-        for (int i = 0; i < kVectors; ++i) sums.v[i] = term.add(sums.v[i], row.v[i]);
-      }
-      add_in_float64(l, h, sums);
-    }
+    Row<F32> sums = {};
+    read_rows<Format, kSumsInStreams<Format>>(
+        x, count,
+        [&](const typename Format::Item* at) GRADCLIP_INLINED {
+          const Row<F32> row = Format::load_row(at);
+          GRADCLIP_UNROLL
+          for (int i = 0; i < kVectors; ++i) sums.v[i] = term.add(sums.v[i], row.v[i]);
+        },
+        [&]() GRADCLIP_INLINED {
+          add_in_float64(l, h, sums);
+          sums = {};
+        });
     low = l;
     high = h;
   }

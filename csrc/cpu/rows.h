@@ -216,4 +216,47 @@ GRADCLIP_INLINE void for_rows(Kernel& kernel, Data* data, int64_t numel) {
   }
 }
 
+// ---------------------------------------------------------------- rows of several places in turn
+
+// A core that reads memory in four places waits for it less than one that reads in one: an AMD EPYC
+// takes float32 at 21 GB/s instead of 17. Sums of half types do not gain: they read half the bytes
+// for the same work.
+constexpr int64_t kStreams = 4;
+// What is shorter is in cache soon, or already.
+constexpr int64_t kStreamedRows = 64;
+template <typename Format>
+constexpr bool kSumsInStreams = sizeof(typename Format::Item) >= 4;
+
+// The number of terms that a lane adds in float32 before the sum is added to a float64 one. Adding
+// n terms of one sign rounds n times, each time by at most 2^-24 of the sum. With 16 terms, the
+// error of a sum is at most 16 x 2^-24 = 9.5e-7 and that of its square root 4.8e-7, whatever the
+// values and however many sums are added in float64.
+constexpr int64_t kFoldRows = 16;
+
+/// Calls add(row) for each of `count` rows, and fold() after kFoldRows of them or fewer. The order
+/// depends on `count` alone: rows of the four quarters in turn, if kInStreams, or one after the
+/// other.
+template <typename Format, bool kInStreams, typename Add, typename Fold>
+GRADCLIP_INLINE void read_rows(const typename Format::Item* x, int64_t count, const Add& add,
+                               const Fold& fold) {
+  if (kInStreams && count >= kStreamedRows) {
+    const int64_t quarter = count / kStreams, stride = quarter * Format::kRow;
+    for (int64_t row = 0; row != quarter;) {
+      const int64_t left = quarter - row, most = kFoldRows / kStreams;
+      for (int64_t i = left < most ? left : most; i != 0; --i, ++row, x += Format::kRow) {
+        for (int64_t stream = 0; stream < kStreams; ++stream) add(x + stream * stride);
+      }
+      fold();
+    }
+    x += (kStreams - 1) * stride;
+    count %= kStreams;
+  }
+  while (count != 0) {
+    const int64_t rows = count < kFoldRows ? count : kFoldRows;
+    count -= rows;
+    for (const auto* end = x + rows * Format::kRow; x != end; x += Format::kRow) add(x);
+    fold();
+  }
+}
+
 }  // namespace gradclip::cpu::GRADCLIP_ISA
