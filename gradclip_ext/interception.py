@@ -29,6 +29,16 @@ def is_intercepted() -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Tell, while torch.compile traces, whether torch.func or forward-mode AD transforms what it traces."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: the function is called while the
+# compiler traces, and the compiled code is for that state alone.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _only_sets_the_default_device() -> bool:
     # torch.set_default_device is a mode, too. It changes nothing here: every device is given explicitly.
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())

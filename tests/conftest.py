@@ -54,6 +54,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let Python take apart at exit what was frozen: Triton's binding reports what is left as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed_inputs(request: pytest.FixtureRequest) -> None:
     """Give every test inputs that depend on the seed and on its own name, not on which tests ran before."""

@@ -13,7 +13,9 @@ import torch
 from gradclip_ext.backends.base import Backend
 from gradclip_ext.backends.compiled import CpuBackend, CudaBackend
 from gradclip_ext.backends.foreach import ForeachBackend, has_foreach_kernels
+from gradclip_ext.backends.traced import TracedBackend
 from gradclip_ext.backends.triton import TritonBackend
+from gradclip_ext.interception import is_transformed
 
 # In order of preference: unless one is named, the first that is available handles a device. "cpu" is first:
 # a call on a small list then takes two microseconds less, because "cuda" and "triton" are not asked.
@@ -39,7 +41,8 @@ class Selection:
             without that, to the order of preference.
         foreach: the ``foreach=`` argument. False means one tensor at a time, which only the foreach
             backend does, so it overrules the environment.
-        is_intercepted: a tracer or mode has to see every operation, so foreach handles everything.
+        is_intercepted: a tracer or mode has to see every operation, so foreach handles everything. Under
+            torch.compile, norms are operations that come back here when the compiled code runs.
 
     Raises:
         ValueError: there is no backend of that name, or it has no loop for foreach=False.
@@ -50,6 +53,7 @@ class Selection:
         if name is None:
             self._name, self._source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
         self._foreach = foreach
+        self._asked = name, foreach
         self.is_intercepted = is_intercepted
         if self._name is not None and self._name not in tuple(ALL):
             raise ValueError(f"{self._source}={self._name!r} does not exist; there are: {', '.join(ALL)}")
@@ -75,6 +79,8 @@ class Selection:
             raise RuntimeError(
                 f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
             )
+        if torch.compiler.is_dynamo_compiling() and not is_transformed():
+            return TracedBackend(*self._asked)
         if self.loops:
             return _LOOP
         if self.is_intercepted:

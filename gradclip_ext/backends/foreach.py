@@ -2,7 +2,7 @@
 
 Two strategies. On the CPU the host sees every value, so it cuts the list into pieces that
 suit the cache, repairs sums that left the range, and skips the write when nothing needs
-clipping. Everywhere else, and while torch.compile traces, nothing may depend on a value:
+clipping. Everywhere else, and under a tracer or transform, nothing may depend on a value:
 the list goes to ``torch._foreach_*`` with float64 results.
 """
 

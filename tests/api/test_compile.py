@@ -47,6 +47,7 @@ FROZEN = torch.nn.Parameter(torch.ones(2))
 FUNCTIONS: dict[str, Callable[[list[Tensor]], Any]] = {
     "clip_grad_norm_": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0),
     "clip_grad_norm_, max_norm=inf": lambda ps: gradclip_ext.clip_grad_norm_(ps, math.inf),
+    "foreach=False": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0, foreach=False),
     "max_norm is a tensor": lambda ps: gradclip_ext.clip_grad_norm_(ps, torch.full((1,), 1.0)),
     "max_norm is a function": lambda ps: gradclip_ext.clip_grad_norm_(ps, half),
     "zero_if_nonfinite": lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0, zero_if_nonfinite=True),
@@ -232,12 +233,93 @@ def test_nothing_to_clip() -> None:
     assert compiled_with("aot_eager", function)(frozen).item() == 0.0
 
 
-def test_range_beyond_float32_squares() -> None:
-    function = FUNCTIONS["clip_grad_norm_"]
-    for scale in (1e-30, 1e25):
-        assert_like_eager(
-            compiled_with("aot_eager", function), function, [random(8) * scale, random(5) * scale], ""
-        )
+def test_range_beyond_squares() -> None:
+    for name in ("clip_grad_norm_", "per_tensor", "get_grad_stats", "get_total_norm"):
+        function = FUNCTIONS[name]
+        for dtype, scale in ((torch.float32, 1e-30), (torch.float32, 1e25), (torch.float64, 1e200)):
+            grads = [random(n, dtype=dtype) * scale for n in (8, 5)]
+            assert_like_eager(compiled_with("aot_eager", function), function, grads, f"{name}, {scale}")
+
+
+# ---------------------------------------------------------------- norms as operations
+
+
+def graph_of(function: Callable[[list[Tensor]], Any], params: list[Tensor]) -> list[str]:
+    """Return what torch.compile makes of a function: the operations in its graph."""
+    found: list[str] = []
+
+    def record(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        found.extend(str(node.target) for node in module.graph.nodes if node.op != "placeholder")
+        return module.forward
+
+    torch.compile(function, backend=record, fullgraph=True)(params)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("clip_grad_norm_", "norm"),
+        ("foreach=False", "norm"),
+        ("max_norm is a function", "norm"),
+        ("get_total_norm", "norm"),
+        ("per_tensor", "norms"),
+        ("get_grad_stats", "statistics"),
+    ],
+)
+def test_the_compiler_does_not_look_into_norms(name: str, operation: str) -> None:
+    """Traced, they would take many times as long as the kernels."""
+    found = graph_of(FUNCTIONS[name], [parameter(random(4)), parameter(random(3, 2))])
+    assert found.count(f"gradclip_ext.{operation}") == 1, found
+    assert not [each for each in found if "norm" in each and "gradclip_ext" not in each], found
+
+
+@pytest.mark.parametrize("name", ["norm", "norms", "statistics"])
+def test_torch_knows_what_the_operations_return(name: str) -> None:
+    operation = getattr(torch.ops.gradclip_ext, name).default
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.float64, torch.float16), (torch.complex64,)):
+        tensors = [random(3, 4, dtype=d).t() for d in dtypes]
+        dtype = [oracle.result_dtype(tensors)] if name == "norm" else []
+        torch.library.opcheck(operation, (tensors, 2.0, None, None, *dtype))
+
+
+def test_the_backend_that_was_named_computes_them() -> None:
+    def function(ps: list[Tensor], name: str) -> Tensor:
+        return gradclip_ext.clip_grad_norm_(ps, 1.0, backend=name)
+
+    grads = [random(8, 4), random(5)]
+    compiled = compiled_with("aot_eager", function)
+    assert_like_eager(
+        lambda ps: compiled(ps, "foreach"), lambda ps: function(ps, "foreach"), grads, "foreach"
+    )
+    with oracle.unchanged(grads), pytest.raises(RuntimeError, match="'cuda' cannot handle cpu tensors"):
+        compiled([parameter(g) for g in grads], "cuda")
+
+
+@over_compilers
+def test_sizes_that_change(compiler: str) -> None:
+    compiled = torch.compile(FUNCTIONS["clip_grad_norm_"], backend=compiler, fullgraph=True, dynamic=True)
+    for size in (3, 5, 8):
+        assert_like_eager(compiled, FUNCTIONS["clip_grad_norm_"], [random(size, 4), random(size)], f"{size}")
+
+
+TRANSFORMED: dict[str, Callable[[Tensor], Any]] = {
+    "vmap": torch.func.vmap(lambda grad: gradclip_ext.get_total_norm([grad])),
+    "grad": torch.func.grad(lambda x: (x * gradclip_ext.get_total_norm([x])).sum()),
+    "jvp": lambda x: torch.func.jvp(lambda y: y * gradclip_ext.get_total_norm([y]), (x,), (x.cos(),)),
+}
+
+
+@over_compilers
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_inside_of_a_compiled_function(name: str, compiler: str) -> None:
+    """They have to see torch's operations, of which they know the rules."""
+    x = random(4, 3)
+    compiled = compiled_with(compiler, TRANSFORMED[name])
+    torch.testing.assert_close(compiled(x), TRANSFORMED[name](x), rtol=2e-6, atol=0.0)
+
+
+# ---------------------------------------------------------------- around it
 
 
 def test_while_torch_is_patched() -> None:
