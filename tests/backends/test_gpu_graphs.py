@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import oracle
 import pytest
 import torch
@@ -37,6 +39,31 @@ def test_captured_graph_replays_on_new_values(name: str) -> None:
         gradclip_ext.clip_grad_value_(twins, 0.003, backend=name)
         assert torch.equal(norm, expected)
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(params, twins))
+
+
+COMPILERS: dict[str, dict[str, str]] = {
+    "aot_eager": {"backend": "aot_eager"},
+    "inductor": {"backend": "inductor"},
+    "graphs": {"mode": "reduce-overhead"},
+}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled(name: str, compiler: str) -> None:
+    if compiler != "aot_eager" and "emulated" in sys.modules:
+        pytest.skip("what inductor compiles needs a GPU")
+    torch._dynamo.reset()
+    params = gpu_parameters()
+    compiled = torch.compile(
+        lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0, backend=name), fullgraph=True, **COMPILERS[compiler]
+    )
+    for scale in (1e-6, 3.0, 500.0, 1e-6):  # with "graphs", the first calls run, the next is captured
+        for param in params:
+            param.grad.copy_(torch.randn_like(param.grad) * scale)
+        before = clones(grads_of(params))
+        norm = compiled(params).clone()
+        assert torch.equal(norm, gradclip_ext.get_total_norm(before, backend=name))
+        oracle.assert_scaled(grads_of(params), before, norm, 1.0, f"{compiler}, {scale}")
 
 
 def test_two_captures_in_one_graph_and_a_split_norm(name: str) -> None:
