@@ -235,27 +235,24 @@ constexpr int64_t kFoldRows = 16;
 
 /// Calls add(row) for each of `count` rows, and fold() after kFoldRows of them or fewer. The order
 /// depends on `count` alone: rows of the four quarters in turn, if kInStreams, or one after the
-/// other.
+/// other. Each is called in one place, because the compiler copies them there.
 template <typename Format, bool kInStreams, typename Add, typename Fold>
 GRADCLIP_INLINE void read_rows(const typename Format::Item* x, int64_t count, const Add& add,
                                const Fold& fold) {
-  if (kInStreams && count >= kStreamedRows) {
-    const int64_t quarter = count / kStreams, stride = quarter * Format::kRow;
-    for (int64_t row = 0; row != quarter;) {
-      const int64_t left = quarter - row, most = kFoldRows / kStreams;
-      for (int64_t i = left < most ? left : most; i != 0; --i, ++row, x += Format::kRow) {
-        for (int64_t stream = 0; stream < kStreams; ++stream) add(x + stream * stride);
+  while (count != 0) {
+    const int64_t streams = kInStreams && count >= kStreamedRows ? kStreams : 1;
+    const int64_t rows = streams == 1 ? count : count / kStreams, stride = rows * Format::kRow;
+    const int64_t most = streams == 1 ? kFoldRows : kFoldRows / kStreams;
+    for (int64_t left = rows; left != 0;) {
+      int64_t fold_rows = left < most ? left : most;
+      left -= fold_rows;
+      for (; fold_rows != 0; --fold_rows, x += Format::kRow) {
+        for (int64_t stream = 0; stream != streams; ++stream) add(x + stream * stride);
       }
       fold();
     }
-    x += (kStreams - 1) * stride;
-    count %= kStreams;
-  }
-  while (count != 0) {
-    const int64_t rows = count < kFoldRows ? count : kFoldRows;
-    count -= rows;
-    for (const auto* end = x + rows * Format::kRow; x != end; x += Format::kRow) add(x);
-    fold();
+    x += (streams - 1) * stride;
+    count -= streams * rows;
   }
 }
 

@@ -79,7 +79,7 @@ class Selection:
             raise RuntimeError(
                 f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
             )
-        if torch.compiler.is_dynamo_compiling() and not is_transformed():
+        if self.is_intercepted and torch.compiler.is_dynamo_compiling() and not is_transformed():
             return TracedBackend(*self._asked)
         if self.loops:
             return _LOOP
