@@ -261,8 +261,6 @@ def _read_set_apart(
     others = [tensors[i] for i in positions]
     if (len(by_device) == 1 and not others) or not _all_plain(others):  # the first ones share memory
         return None
-    if written and any(map(Tensor.is_inference, others)):  # kernels take them, where the mode permits it
-        return None
     parts: list[Part] = []
     for own in by_device:
         part = _native_part([tensors[i] for i in own], selection, written, needs_sign)

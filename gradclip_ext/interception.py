@@ -6,12 +6,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-# Dispatch modes, make_fx and torch.func include one of these in every operation of their thread.
-_INTERCEPTING_KEYS = (
-    DispatchKey.Python,
-    DispatchKey.PreDispatch,
-    DispatchKey.FuncTorchDynamicLayerFrontMode,
-)
+# Dispatch modes and make_fx include one of these in every operation of their thread.
+_INTERCEPTING_KEYS = (DispatchKey.Python, DispatchKey.PreDispatch)
 
 
 def is_intercepted() -> bool:
@@ -23,19 +19,21 @@ def is_intercepted() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
+        or is_transformed()
         or any(map(torch._C._dispatch_tls_is_dispatch_key_included, _INTERCEPTING_KEYS))
         or (torch._C._len_torch_function_stack() > 0 and not _only_sets_the_default_device())
     )
 
 
 def is_transformed() -> bool:
-    """Tell, while torch.compile traces, whether torch.func or forward-mode AD transforms what it traces."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Tell whether torch.func or forward-mode AD transforms operations, also while it is compiled."""
+    return forward_ad._current_level >= 0 or torch._C._dispatch_tls_is_dispatch_key_included(
+        DispatchKey.FuncTorchDynamicLayerFrontMode
+    )
 
 
-# torch.compiler.assume_constant_result, which would import the compiler: the function is called while the
-# compiler traces, and the compiled code is for that state alone.
+# As torch.compiler.assume_constant_result does, which would import the compiler: it calls the function while
+# it traces, and what it compiles is for that state alone.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -29,9 +29,9 @@ void clip_unit(const Span& grad, const Span& weight, const AdaptiveRule& rule,
 /// The norm of one of short units, of which `sum` is the sum of squares.
 double norm_of_short(const Span& span, int64_t unit, int64_t length, double sum,
                      const ChunkKernels& kernels) {
-  // A square of float64 may have left the range.
-  const bool in_range = span.dtype != DType::kFloat64 || (sum >= 1e-290 && sum <= DBL_MAX);
-  return in_range ? std::sqrt(sum) : norm_of(unit_of(span, unit, length), 2, kernels);
+  return tells_norm(sum, length, span.dtype == DType::kFloat64)
+             ? std::sqrt(sum)
+             : norm_of(unit_of(span, unit, length), 2, kernels);
 }
 
 /// Clips short units by norms of order 2. One at a time, each would cost two calls of kernels and
@@ -60,6 +60,7 @@ void clip_units(const Span& grad, const Span& weight, int64_t first, int64_t cou
       const int64_t together = std::min(kUnitsTogether, end - first);
       clip_short_units(grad, weight, first, together, length, rule, kernels);
     }
+    return;
   }
   for (; first < end; ++first) {
     clip_unit(unit_of(grad, first, length), unit_of(weight, first, length), rule, kernels);

@@ -96,6 +96,15 @@ inline double pth_root(double total, double p) {
   return p == 1 ? total : p == 2 ? std::sqrt(total) : std::pow(total, 1 / p);
 }
 
+/// Tells whether the sum of `numel` magnitudes or squares tells their norm. In float64, squares of
+/// elements of the other dtypes neither overflow nor underflow, so that a total of 0 or inf is
+/// correct. The square of a float64 element that underflows is below 2^-1022, which is negligible
+/// in a mean of 1e-300.
+inline bool tells_norm(double total, int64_t numel, bool has_float64) {
+  const double mean = total / static_cast<double>(numel);
+  return !has_float64 || std::isnan(total) || (mean >= 1e-300 && mean <= DBL_MAX);
+}
+
 /// The norm of `numel` elements, of which some are float64 or none, from reductions over their
 /// chunks: sum(kernel) adds the kernel's results in the order of the chunks, max(kernel) returns
 /// the largest.
@@ -106,12 +115,7 @@ double norm_from(double p, int64_t numel, bool has_float64, const ChunkKernels& 
     const auto& terms = p == 2 ? kernels.sum_squares : kernels.sum_magnitudes;
     const double total =
         sum([&](const ChunkData& chunk) { return terms[chunk.dtype](chunk.data, chunk.numel); });
-    // In float64, squares of elements of the other dtypes neither overflow nor underflow, so that a
-    // total of 0 or inf is correct. The square of a float64 element that underflows is below
-    // 2^-1022, which is negligible in a mean of 1e-300.
-    const double mean = total / static_cast<double>(numel);
-    const bool in_range = mean >= 1e-300 && mean <= DBL_MAX;
-    if (in_range || std::isnan(total) || !has_float64) return pth_root(total, p);
+    if (tells_norm(total, numel, has_float64)) return pth_root(total, p);
   }
   const double largest = max([&](const ChunkData& chunk) {
     return kernels.max_magnitude[chunk.dtype](chunk.data, chunk.numel);

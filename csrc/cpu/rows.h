@@ -72,17 +72,12 @@ struct BFloat16 : Half {
       store(x + i * kLanes<F32>, even | odd);
     }
   }
-  static GRADCLIP_INLINE void widen_row(float* to, const Item* x) {
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i, x += kLanes<F32>, to += kLanes<F32>) {
-      store(to, __builtin_convertvector(load<HalfU16>(x), U32) << 16);
-    }
+  /// As many elements as a vector has floats, in their order, and back.
+  static GRADCLIP_INLINE F32 widen(const Item* x) {
+    return (F32)(__builtin_convertvector(load<HalfU16>(x), U32) << 16);
   }
-  static GRADCLIP_INLINE void narrow_row(Item* x, const float* from) {
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i, x += kLanes<F32>, from += kLanes<F32>) {
-      store(x, __builtin_convertvector(round(load<F32>(from)) >> 16, HalfU16));
-    }
+  static GRADCLIP_INLINE void narrow(Item* to, F32 x) {
+    store(to, __builtin_convertvector(round(x) >> 16, HalfU16));
   }
 
  private:
@@ -105,17 +100,8 @@ struct Float16 : Half {
     GRADCLIP_UNROLL
     for (int i = 0; i < kVectors; ++i) store_halves(x + i * kLanes<F32>, row.v[i]);
   }
-  static GRADCLIP_INLINE void widen_row(float* to, const Item* x) {
-    const Row<F32> row = load_row(x);
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) store(to + i * kLanes<F32>, row.v[i]);
-  }
-  static GRADCLIP_INLINE void narrow_row(Item* x, const float* from) {
-    GRADCLIP_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      store_halves(x + i * kLanes<F32>, load<F32>(from + i * kLanes<F32>));
-    }
-  }
+  static GRADCLIP_INLINE F32 widen(const Item* x) { return load_halves(x); }
+  static GRADCLIP_INLINE void narrow(Item* to, F32 x) { store_halves(to, x); }
 };
 
 /// Returns a number rounded to the format, in every lane.

@@ -15,8 +15,7 @@ struct Partial {
 
 /// The norm of tensors whose power sum is known, where that did not leave the range of float64.
 bool is_norm_known(double power_sum, int64_t numel, double p) {
-  const double mean = power_sum / static_cast<double>(numel);
-  return (p == 1 || p == 2) && ((mean >= 1e-300 && mean <= DBL_MAX) || std::isnan(power_sum));
+  return (p == 1 || p == 2) && tells_norm(power_sum, numel, true);
 }
 
 /// Whether the largest magnitude alone does not tell the norm.

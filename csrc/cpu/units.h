@@ -41,16 +41,16 @@ class Elements {
   struct Read {
     Number* to;
     void rows(const Item* x, int64_t count) {
-      for (; count != 0; --count, x += Format::kRow, to += Format::kRow) {
-        Format::widen_row(to, x);
+      for (count *= kVectors; count != 0; --count, x += kLanes<F32>, to += kLanes<F32>) {
+        store(to, Format::widen(x));
       }
     }
   };
   struct Write {
     const Number* from;
     void rows(Item* x, int64_t count) {
-      for (; count != 0; --count, x += Format::kRow, from += Format::kRow) {
-        Format::narrow_row(x, from);
+      for (count *= kVectors; count != 0; --count, x += kLanes<F32>, from += kLanes<F32>) {
+        Format::narrow(x, load<F32>(from));
       }
     }
   };

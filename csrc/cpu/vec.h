@@ -5,8 +5,8 @@
 
 #include "prelude.h"
 
-#define GRADCLIP_INLINE inline __attribute__((always_inline))
 #define GRADCLIP_INLINED __attribute__((always_inline))  // of a lambda
+#define GRADCLIP_INLINE inline GRADCLIP_INLINED
 // The compiler keeps an array of vectors in registers only if the loops over it are unrolled.
 #if defined(__clang__)
 #define GRADCLIP_UNROLL _Pragma("unroll")

@@ -48,6 +48,7 @@ struct Torch {
   Attribute version;
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* is_neg = nullptr;
+  PyObject* is_inference_mode = nullptr;
   PyObject* unwatched = nullptr;        // the `__torch_function__` of those who decline to have one
   PyObject* unwatched_guard = nullptr;  // the class of a context in which nobody is asked for it
 
@@ -58,6 +59,7 @@ struct Torch {
     parameter = reinterpret_cast<PyTypeObject*>(
         py::object(torch.attr("nn").attr("Parameter")).release().ptr());
     is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+    is_inference_mode = py::object(torch.attr("is_inference_mode_enabled")).release().ptr();
     const py::object internals = torch.attr("_C");
     unwatched = py::object(internals.attr("_disabled_torch_function_impl")).release().ptr();
     unwatched_guard = py::object(internals.attr("DisableTorchFunctionSubclass")).release().ptr();
@@ -124,12 +126,13 @@ bool is_dense(const dlpack::Tensor& view) {
   return true;
 }
 
-/// Tells whether a plain tensor counts its changes. Those made in inference mode do not, and may be
-/// changed in that mode only.
-bool has_version(PyObject* object) {
+/// Tells whether a plain tensor may be changed now. Those made in inference mode count no changes,
+/// by which they are known, and may be changed in that mode only.
+bool is_writable(PyObject* object) {
   const auto version = py::reinterpret_steal<py::object>(torch().version.of(object, true));
-  if (!version) PyErr_Clear();
-  return static_cast<bool>(version);
+  if (version) return true;
+  PyErr_Clear();
+  return py::reinterpret_borrow<py::object>(torch().is_inference_mode)().cast<bool>();
 }
 
 /// A tensor as kernels take it.
@@ -160,7 +163,7 @@ std::optional<Found> find(PyObject* object, bool written) {
   for (int32_t dim = 0; dim < view.ndim; ++dim) numel *= view.shape[dim];
   // Without memory: a tensor of torch._efficientzerotensor, or storage that FSDP has freed.
   if (numel != 0 && (view.data == nullptr || !is_dense(view))) return std::nullopt;
-  if (written && !has_version(object)) return std::nullopt;
+  if (written && !is_writable(object)) return std::nullopt;
   char* const data = static_cast<char*>(view.data) + (numel == 0 ? 0 : view.byte_offset);
   return Found{is_cuda, is_cuda ? view.device.index : 0, {data, numel, *dtype}};
 }

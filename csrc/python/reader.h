@@ -52,7 +52,8 @@ bool can_read();
 
 /// Returns the tensors as kernels take them: each exactly a torch.Tensor or Parameter, strided, of
 /// a kernel dtype, without gaps in memory, on one CPU or GPU, and, if they will be `written`,
-/// without shared memory and not made in inference mode. Returns nothing if one of them is not.
+/// without shared memory and, unless in that mode, not made in inference mode. Returns nothing if
+/// one of them is not.
 std::optional<HeldList> read_tensors(const py::list& tensors, bool written);
 
 /// Positions in a list of tensors, a list for each device.

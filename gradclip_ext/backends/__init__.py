@@ -53,7 +53,6 @@ class Selection:
         if name is None:
             self._name, self._source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
         self._foreach = foreach
-        self._asked = name, foreach
         self.is_intercepted = is_intercepted
         if self._name is not None and self._name not in tuple(ALL):
             raise ValueError(f"{self._source}={self._name!r} does not exist; there are: {', '.join(ALL)}")
@@ -80,7 +79,10 @@ class Selection:
                 f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
             )
         if self.is_intercepted and torch.compiler.is_dynamo_compiling() and not is_transformed():
-            return TracedBackend(*self._asked)
+            named = (
+                None if self._source == ENVIRONMENT_VARIABLE else self._name
+            )  # asked again when the code runs
+            return TracedBackend(named, self._foreach)
         if self.loops:
             return _LOOP
         if self.is_intercepted:

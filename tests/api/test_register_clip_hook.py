@@ -153,9 +153,8 @@ def test_functions_and_tensors_as_limits() -> None:
     optimizer = SGD(groups_of(params, "", lambda norm: norm / 8), lr=0.0)
     register_clip_hook(optimizer, torch.tensor(0.5))
     optimizer.step()
-    norms = [
-        get_total_norm([old]) for old in before
-    ]  # torch's may be one ulp off, and so would be its eighth
+    # Norms of torch's may be one ulp off, and so would be an eighth of one.
+    norms = [get_total_norm([old]) for old in before]
     for param, old, norm, limit in zip(params, before, norms, (0.5, norms[1].item() / 8)):
         oracle.assert_scaled([param.grad], [old], norm, limit)
 
