@@ -126,13 +126,17 @@ bool is_dense(const dlpack::Tensor& view) {
   return true;
 }
 
-/// Tells whether a plain tensor may be changed now. Those made in inference mode count no changes,
-/// by which they are known, and may be changed in that mode only.
-bool is_writable(PyObject* object) {
+/// Tells whether a plain tensor counts its changes. Those made in inference mode do not, and may be
+/// changed in that mode only.
+bool has_version(PyObject* object) {
   const auto version = py::reinterpret_steal<py::object>(torch().version.of(object, true));
-  if (version) return true;
-  PyErr_Clear();
-  return py::reinterpret_borrow<py::object>(torch().is_inference_mode)().cast<bool>();
+  if (!version) PyErr_Clear();
+  return static_cast<bool>(version);
+}
+
+/// Tells whether tensors that will be `written` have to count their changes.
+bool must_count(bool written) {
+  return written && !py::reinterpret_borrow<py::object>(torch().is_inference_mode)().cast<bool>();
 }
 
 /// A tensor as kernels take it.
@@ -146,8 +150,8 @@ struct Found {
   }
 };
 
-/// Reads a tensor, or tells that the kernels do not take it.
-std::optional<Found> find(PyObject* object, bool written) {
+/// Reads a tensor, which may have to count its changes, or tells that the kernels do not take it.
+std::optional<Found> find(PyObject* object, bool counts) {
   dlpack::Tensor view;
   if (!torch().is_plain(object)) return std::nullopt;
   if (torch().exchange->view(object, &view) != 0) {
@@ -163,7 +167,7 @@ std::optional<Found> find(PyObject* object, bool written) {
   for (int32_t dim = 0; dim < view.ndim; ++dim) numel *= view.shape[dim];
   // Without memory: a tensor of torch._efficientzerotensor, or storage that FSDP has freed.
   if (numel != 0 && (view.data == nullptr || !is_dense(view))) return std::nullopt;
-  if (written && !is_writable(object)) return std::nullopt;
+  if (counts && !has_version(object)) return std::nullopt;
   char* const data = static_cast<char*>(view.data) + (numel == 0 ? 0 : view.byte_offset);
   return Found{is_cuda, is_cuda ? view.device.index : 0, {data, numel, *dtype}};
 }
@@ -237,8 +241,9 @@ std::optional<HeldList> read_tensors(const py::list& tensors, bool written) {
   const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
   HeldList held{TensorList(cpu::kChunkBytes), tensors};
   held.spans.reserve(size);
+  const bool counts = must_count(written);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const std::optional<Found> found = find(PyList_GET_ITEM(tensors.ptr(), i), written);
+    const std::optional<Found> found = find(PyList_GET_ITEM(tensors.ptr(), i), counts);
     if (!found) return std::nullopt;
     if (i == 0) {
       held.is_cuda = found->is_cuda;
@@ -260,8 +265,9 @@ std::optional<HeldList> read_tensors(const py::list& tensors, bool written) {
 std::pair<Positions, std::vector<int64_t>> set_apart(const py::list& tensors, bool written) {
   std::map<std::pair<bool, int32_t>, std::vector<int64_t>> by_device;
   std::vector<int64_t> others;
+  const bool counts = must_count(written);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-    const std::optional<Found> found = find(PyList_GET_ITEM(tensors.ptr(), i), written);
+    const std::optional<Found> found = find(PyList_GET_ITEM(tensors.ptr(), i), counts);
     (found ? by_device[{found->is_cuda, found->device_index}] : others).push_back(i);
   }
   Positions positions;
