@@ -79,9 +79,8 @@ class Selection:
                 f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
             )
         if self.is_intercepted and torch.compiler.is_dynamo_compiling() and not is_transformed():
-            named = (
-                None if self._source == ENVIRONMENT_VARIABLE else self._name
-            )  # asked again when the code runs
+            # The environment is asked again when the compiled code runs.
+            named = None if self._source == ENVIRONMENT_VARIABLE else self._name
             return TracedBackend(named, self._foreach)
         if self.loops:
             return _LOOP
